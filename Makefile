@@ -1,0 +1,59 @@
+# Everything runs in .venv (tested versions: constraints.txt); `make test-latest` runs in .venv-latest (newest versions).
+PYTHON ?= python3
+VENV   := .venv/bin
+LATEST := .venv-latest/bin
+PORT   ?= 8000
+export OMP_NUM_THREADS ?= 1
+.DEFAULT_GOAL := help
+
+help:            ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
+
+site: .venv/ready  ## build the documentation from the notebooks into _docs/
+	@$(VENV)/python site/build.py
+
+serve:           ## show the built documentation at http://localhost:8000 (PORT=...)
+	@echo "http://localhost:$(PORT)" && $(VENV)/python -m http.server $(PORT) --bind 127.0.0.1 --directory _docs
+
+lab: .venv/ready   ## open JupyterLab on the notebooks
+	$(VENV)/jupyter lab --notebook-dir=nbs
+
+test: .venv/ready  ## every check: exports in step, README in step, notebooks, tests/ with the site in a browser
+	$(VENV)/python tests/in_step.py
+	$(VENV)/nbdev_test --n_workers 2 --do_print
+	$(VENV)/python site/build.py
+	$(VENV)/python -m pytest
+
+test-latest: .venv-latest/ready  ## the exported library with the newest fastai and torch that pip resolves
+	$(LATEST)/python -m pytest -o testpaths= tests/test_core.py tests/test_callback.py tests/test_interrupts.py tests/test_data.py
+
+export: .venv/ready  ## notebooks to sam_explained/
+	$(VENV)/nbdev_export
+
+readme: .venv/ready  ## README.md from nbs/index.ipynb
+	$(VENV)/python site/readme.py
+
+clean-nbs: .venv/ready  ## strip execution counts and stray metadata from the notebooks
+	$(VENV)/nbdev_clean
+
+hooks: .venv/ready  ## let git and Jupyter keep the notebooks clean
+	$(VENV)/nbdev_install_hooks
+
+bench: .venv/ready  ## what a SAM step costs beside plain SGD and the two-pass floor
+	$(VENV)/python benchmarks/two_pass.py
+
+clean:           ## remove what was built, keep the environments
+	rm -rf _proc _docs build *.egg-info
+
+.venv/ready: constraints.txt settings.ini setup.py
+	test -x $(VENV)/python || $(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv-latest/ready: settings.ini setup.py
+	test -x $(LATEST)/python || $(PYTHON) -m venv .venv-latest
+	$(LATEST)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e . pytest hypothesis scipy
+	$(LATEST)/python -m pip list --disable-pip-version-check | grep -iE '^(torch|fastai|fastcore) '
+	touch $@
+
+.PHONY: help site serve lab test test-latest export readme clean-nbs hooks bench clean
