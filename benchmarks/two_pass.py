@@ -1,23 +1,24 @@
 """What a SAM step costs, beside plain SGD and beside the least that two passes can cost.
 
-    python benchmarks/two_pass.py [--models resnet deep mlp] [--steps 150] [--threads 1] [--device cpu] [--clock wall] [--json OUT]
+    python benchmarks/two_pass.py [--models resnet deep mlp] [--steps 150] [--threads 1] [--device cpu] [--json OUT]
 
-All methods run in one process and take turns step by step, in an order drawn anew for each round, so that no method always
-follows the same other one (a step is slower after one that has used much memory).
-A ratio is taken inside each round (this method's step over the SGD step of the same round), and the table shows the median
-and the quartiles of these ratios. Two rows say how far to trust the others:
+All methods run in one process and take turns step by step, in an order drawn anew for each round, so that no method
+always follows the same other one (a step is slower after one that has used much memory). A ratio is taken inside each
+round, this method's step over the SGD step of the same round, and the table shows the median and the quartiles of these
+ratios. Two rows say how far to trust the others:
 
 - `SGD again` is SGD against itself. How far its ratio is from 1, and how wide its quartiles are, is the noise.
-- `two-pass floor` is two forwards, two backwards and one optimizer step, and none of SAM's arithmetic. Its first gradient is
-  taken by `torch.autograd.grad` with respect to all weights and thrown away, its second by `loss.backward()`. What a method
-  costs above the floor is all that a better implementation could save; the column `over floor` is that ratio, minus one.
+- `two-pass floor` is two forwards, two backwards and one optimizer step, and none of SAM's arithmetic. Its first
+  gradient is taken by `torch.autograd.grad` with respect to all weights and thrown away, its second by
+  `loss.backward()`. What a method costs above the floor is all that a better implementation could save; the column
+  `over floor` is that ratio, minus one.
 
-The callback has a table of its own, relative to a plain Learner driven in the same way, with a floor that is a callback too.
-`--clock cpu` counts processor time in place of wall time: on a machine shared with others it leaves out the waiting for a turn
-(not the slower memory), and with one thread it is otherwise the same thing. On a GPU only wall time means anything.
+The callback has a table of its own, relative to a plain Learner driven in the same way, with a floor that is a callback
+too. `--clock cpu` counts processor time in place of wall time: on a machine shared with others it leaves out waiting
+for a turn (not the slower memory), and with one thread it is otherwise the same. On a GPU only wall time is offered.
 
-Everything is eager; every model, optimizer and batch is built once, so the time of loading data is not in it. Memory is the
-peak within one step above SGD's peak, in copies of the perturbed weights.
+Everything is eager; every model, optimizer and batch is built once, so the time of loading data is not in it. Memory is
+the peak within one step above SGD's peak, in copies of the perturbed weights.
 """
 import argparse
 import gc
@@ -31,7 +32,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.basics import SGD, Callback, CancelBackwardException, DataLoaders, Learner, Recorder, TrainEvalCallback, noop
+from fastai.basics import (SGD, Callback, CancelBackwardException, DataLoaders, Learner, Recorder, TrainEvalCallback,
+                           noop)
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -53,8 +55,8 @@ class Block(nn.Module):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(n_in, n, 3, stride, 1, bias=False), nn.BatchNorm2d(n)
         self.conv2, self.bn2 = nn.Conv2d(n, n, 3, 1, 1, bias=False), nn.BatchNorm2d(n)
-        same = n_in == n and stride == 1
-        self.short = nn.Sequential() if same else nn.Sequential(nn.Conv2d(n_in, n, 1, stride, bias=False), nn.BatchNorm2d(n))
+        fit = [] if n_in == n and stride == 1 else [nn.Conv2d(n_in, n, 1, stride, bias=False), nn.BatchNorm2d(n)]
+        self.short = nn.Sequential(*fit)
 
     def forward(self, x):
         return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.short(x))
@@ -145,8 +147,8 @@ def in_learner(name, device, *cbs):
     "One batch of a Learner that has been brought to the middle of an epoch"
     model, x, y = build(name, device)
     dls = DataLoaders([(x, y)], [(x, y)], device=device)
-    learn = Learner(dls, model, nn.CrossEntropyLoss(), partial(SGD, mom=0.9), lr=LR, cbs=[TrainEvalCallback(), Recorder(), *cbs],
-                    default_cbs=False, wd=0.)
+    learn = Learner(dls, model, nn.CrossEntropyLoss(), partial(SGD, mom=0.9), lr=LR, wd=0., default_cbs=False,
+                    cbs=[TrainEvalCallback(), Recorder(), *cbs])
     learn.logger, learn.n_epoch, learn.n_iter = noop, 1, 10**6
     learn.create_opt()
     learn.opt.set_hypers(lr=LR)
@@ -166,7 +168,8 @@ def plain_methods(name, device):
 
 def learner_methods(name, device):
     return {'Learner': in_learner(name, device), 'Learner again': in_learner(name, device),
-            'two-pass floor in a Learner': in_learner(name, device, Floor()), 'SAM callback': in_learner(name, device, SAMCallback(RHO))}
+            'two-pass floor in a Learner': in_learner(name, device, Floor()),
+            'SAM callback': in_learner(name, device, SAMCallback(RHO))}
 
 
 # Time and memory ----------------------------------------------------------------------------------------------------
@@ -199,7 +202,7 @@ def interleave(methods, rounds, warmup, device, clock):
 
 
 class Allocated(TorchDispatchMode):
-    "Bytes of the tensors made inside, now and at most; memory that a kernel takes and returns within itself is not seen"
+    "Bytes of the tensors made inside, now and at most; what a kernel takes and returns within itself is not seen"
     def __init__(self):
         super().__init__()
         self.now = self.most = 0
@@ -241,24 +244,28 @@ def measure(name, methods, rounds, warmup, device, clock):
     peaks = [peak(step, device) for step in methods.values()]
     ratios, above = times / times[:, :1], times / times[:, 2:3] - 1
     quartiles = lambda x: [float(q) for q in np.percentile(x, [25, 50, 75])]
-    return [dict(model=name, method=m, ms=1e3 * float(np.median(times[:, k])), ratio=quartiles(ratios[:, k]), over_floor=quartiles(above[:, k]),
+    return [dict(model=name, method=m, ms=1e3 * float(np.median(times[:, k])),
+                 ratio=quartiles(ratios[:, k]), over_floor=quartiles(above[:, k]),
                  copies=(peaks[k] - peaks[0]) / n_bytes, peak_mb=peaks[k] / 2**20) for k, m in enumerate(methods)]
 
 
 # Report -------------------------------------------------------------------------------------------------------------
 
 def show(rows):
-    print(f"{'':32}{'ms':>8}{'ratio':>8}  {'(quartiles)':15}{'over floor':>11}  {'(quartiles)':17}{'peak MB':>8}{'extra copies':>14}")
+    print(f"{'':31}{'ms':>8}{'ratio':>7} (quartiles)  {'over floor':>11} {'(quartiles)':19}"
+          f"{'peak MB':>8}{'extra copies':>14}")
     for k, r in enumerate(rows):
         low, mid, high = r['ratio']
-        over = '' if k < 3 else f"{r['over_floor'][1]:>+11.1%}  ({r['over_floor'][0]:+.1%} to {r['over_floor'][2]:+.1%})"
-        print(f"{r['method']:32}{r['ms']:8.2f}{mid:8.3f}  ({low:.3f}-{high:.3f})  {over:30}{r['peak_mb']:8.2f}{r['copies']:14.2f}")
+        over = '{1:>+11.1%} ({0:+.1%} to {2:+.1%})'.format(*r['over_floor']) if k > 2 else ''
+        time = f"{r['method']:31}{r['ms']:8.2f}{mid:7.3f} ({low:.2f}-{high:.2f})"
+        print(f"{time:60}{over:31}{r['peak_mb']:8.2f}{r['copies']:14.2f}")
 
 
 def facts(device, args):
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or platform.machine()
-    return dict(torch=torch.__version__, python=platform.python_version(), device=f'{device.type} ({name})', threads=torch.get_num_threads(),
-                clock=args.clock, rounds=args.steps, warmup=args.warmup, mode='eager', dtype='float32', momentum=0.9, lr=LR, rho=RHO)
+    return dict(torch=torch.__version__, python=platform.python_version(), device=f'{device.type} ({name})',
+                threads=torch.get_num_threads(), clock=args.clock, rounds=args.steps, warmup=args.warmup,
+                mode='eager', dtype='float32', momentum=0.9, lr=LR, rho=RHO)
 
 
 def main(argv=None):
@@ -271,8 +278,10 @@ def main(argv=None):
     parser.add_argument('--clock', choices=clocks, default='wall')
     parser.add_argument('--json', type=Path, metavar='OUT', help='write the numbers here')
     args = parser.parse_args(argv)
-    if args.steps < 1 or args.warmup < 0 or args.threads < 1: parser.error('--steps and --threads must be at least 1, --warmup at least 0')
-    if args.clock == 'cpu' and args.device.startswith('cuda'): parser.error('--clock cpu does not see the work of a GPU')
+    if min(args.steps, args.threads, args.warmup + 1) < 1:
+        parser.error('--steps and --threads must be at least 1, --warmup at least 0')
+    if args.clock == 'cpu' and args.device.startswith('cuda'):
+        parser.error('--clock cpu does not see the work of a GPU')
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     about, rows = facts(device, args), []

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats', 'same_rng', 'same_hidden', 'two_pass']
 
-# %% ../nbs/01_core.ipynb #af99ace3
+# %% ../nbs/01_core.ipynb #a31c18c2
 from contextlib import contextmanager
 from functools import reduce
+from inspect import signature
 from math import inf
 from numbers import Real
 import signal
@@ -22,16 +23,16 @@ def at_least(name, value, low, finite=True):
     if not low <= value or (finite and value == inf): raise ValueError(f'{name}={value!r} must be {allowed}')
     return value
 
-# %% ../nbs/01_core.ipynb #0eeb599d
+# %% ../nbs/01_core.ipynb #002caf32
 def grad_norm(
     grads, # tensors of any shapes, on any devices: one vector in pieces
     p=2,   # which norm, from 1 to `inf`
 ):
     "The p-norm of all `grads` together (Foret et al. 2021, section 2), as a 0-d tensor of at least float32; no host sync"
     at_least('p', p, 1, finite=False)
-    grads = [g for g in grads if g.numel()]
-    if not grads: return torch.zeros(())
     dtype = reduce(torch.promote_types, {g.dtype for g in grads}, torch.float32)
+    grads = [g for g in grads if g.numel()]
+    if not grads: return torch.zeros((), dtype=dtype)
     norms = torch._foreach_norm(grads, p, dtype=dtype)
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, dtype) for n in norms]), p)
 
@@ -50,9 +51,10 @@ def _steepest_coordinate(grads, rho):
         eps.append(torch.zeros_like(flat).scatter_(0, at, rho * flat.gather(0, at).sign() * here).view_as(g))
     return eps
 
-# %% ../nbs/01_core.ipynb #2aaf7933
+# %% ../nbs/01_core.ipynb #c575236e
 def _steepest(grads, rho, p):
     "Equation (3): the point of the p-ball of radius `rho` furthest along `grads`"
+    if not grads: return []
     if p == inf: return [rho * g.sign() for g in grads]
     if p == 1: return _steepest_coordinate(grads, rho)
     q = p / (p - 1)
@@ -62,10 +64,16 @@ def _steepest(grads, rho, p):
     if len({g.device for g in grads}) == 1: return torch._foreach_mul(grads, rho * inverse)
     return [g * (rho * inverse).to(g.device) for g in grads]
 
-# %% ../nbs/01_core.ipynb #3ebe0908
+# %% ../nbs/01_core.ipynb #cc061d6f
+def _check_ball(rho, p=2, eta=0.01, **other):
+    at_least('rho', rho, 0)
+    at_least('p', p, 1, finite=False)
+    at_least('eta', eta, 0)
+
+# %% ../nbs/01_core.ipynb #6e17de64
 def _times(xs, ys): return xs if ys is None else [x * y for x, y in zip(xs, ys, strict=True)]
 
-# %% ../nbs/01_core.ipynb #6461b3e0
+# %% ../nbs/01_core.ipynb #e0a98af4
 @torch.no_grad()
 def ascent(
     grads,          # the gradient $g$, a list of tensors; a common factor (a loss scale) does not matter
@@ -78,7 +86,7 @@ def ascent(
     renorm=False,   # True: normalise the masked gradient, radius exactly `rho`; False: mask afterwards, as in the paper
 ):
     r"The perturbation $\hat\epsilon$ of eq. (2) in Foret et al. 2021, a list like `grads`, in float32 or better"
-    at_least('rho', rho, 0), at_least('p', p, 1, finite=False), at_least('eta', eta, 0)
+    _check_ball(rho, p, eta)
     if adaptive and params is None: raise ValueError('adaptive=True needs params, the weights that belong to grads')
     for name, xs in (('params', params), ('masks', masks)):
         if xs is not None and len(xs) != len(grads): raise ValueError(f'{name} has {len(xs)} tensors, grads has {len(grads)}')
@@ -163,13 +171,15 @@ class same_rng:
         self._put(self.start)
     def __exit__(self, *error): self._put(self.end)
 
-# %% ../nbs/01_core.ipynb #7b4a4c68
+# %% ../nbs/01_core.ipynb #0d054457
 class same_hidden:
     "Inside `with`, modules of `model` that have a `reset` method remember what they remembered when this object was made"
-    def __init__(self, model):
+    def __init__(self,
+        model, # a module; None: there is nothing to remember
+    ):
         self.modules = [m for m in (model.modules() if model is not None else ()) if hasattr(m, 'reset')]
         self.start = self._now()
-    def _now(self): return [{k: _detached(v) for k, v in vars(m).items() if _is_state(v)} for m in self.modules]
+    def _now(self): return [{k: _snapshot(v) for k, v in vars(m).items() if k[0] != '_'} for m in self.modules]
     def _put(self, states):
         for m, state in zip(self.modules, states): vars(m).update(state)
     def __enter__(self):
@@ -177,12 +187,11 @@ class same_hidden:
         self._put(self.start)
     def __exit__(self, *error): self._put(self.end)
 
-# %% ../nbs/01_core.ipynb #23aad37d
-def _is_state(x):
-    "A tensor, or a list or tuple (of lists) of tensors"
-    return torch.is_tensor(x) or (isinstance(x, (list, tuple)) and len(x) > 0 and all(map(_is_state, x)))
-
-def _detached(x): return x.detach().clone() if torch.is_tensor(x) else type(x)(map(_detached, x))
+# %% ../nbs/01_core.ipynb #7928ee3d
+def _snapshot(x):
+    "Copies of the tensors in `x`, a tensor or lists and tuples of them; anything else as it is"
+    if torch.is_tensor(x): return x.detach().clone()
+    return type(x)(map(_snapshot, x)) if type(x) in (list, tuple) else x
 
 # %% ../nbs/01_core.ipynb #a251dbce
 def _graph(loss):
@@ -200,7 +209,7 @@ def _trainable(params):
     if not any(w.requires_grad for w in params): raise ValueError(f'params: none of the {len(params)} tensors requires a gradient')
     return [w for w in dict.fromkeys(params) if w.requires_grad]
 
-# %% ../nbs/01_core.ipynb #41d135e9
+# %% ../nbs/01_core.ipynb #4ccb0c0b
 def two_pass(
     closure,         # computes the loss of one batch, a scalar tensor; called twice. A list: equal shards, each its own perturbation
     params,          # the weights to perturb, e.g. `model.parameters()`; every weight gets its gradient, perturbed or not
@@ -209,8 +218,10 @@ def two_pass(
     **ascent_kwargs, # `p`, `adaptive`, `eta`, `masks`, `renorm` of `ascent`
 ):
     r"Add $\nabla L|_{w+\hat\epsilon}$ (Foret et al. 2021, eq. (3)) to `.grad` and return the clean loss $L(w)$, detached"
-    at_least('rho', rho, 0)
+    _check_ball(rho, **ascent_kwargs)
+    signature(ascent).bind(None, rho, **ascent_kwargs)    # an unknown name is an error now, not after the first pass
     params, shards = _trainable(params), closure if isinstance(closure, (list, tuple)) else [closure]
+    if not shards: raise ValueError('closure is an empty list: a batch needs at least one shard')
     clean = 0.
     for shard in shards:
         again, hidden = same_rng(params[0].device), same_hidden(model)

@@ -136,15 +136,15 @@ def descend(loss,    # any function of points of shape (..., 2)
         path.append(w)
     return torch.stack(path)
 
-# %% ../nbs/00_landscape.ipynb #0b961aab
-def _pictures(fig):
-    "The figure as WebP and as PNG bytes, both with 32 colours (line art needs no more), and its size in CSS pixels."
+# %% ../nbs/00_landscape.ipynb #d87d2094
+def _pictures(fig, colors=32):
+    "The figure as WebP and as PNG bytes, both with a palette (line art needs few colours), and its size in CSS pixels."
     import matplotlib as mpl
     from PIL import Image
     out, drawn = [], BytesIO()
     with mpl.rc_context({'savefig.bbox': None}): fig.savefig(drawn, format='png', dpi=110)   # every frame the same size
-    image = Image.open(drawn).convert('RGBA').quantize(32)
-    for fmt, more in (('webp', dict(lossless=True, quality=100, method=6)), ('png', dict(optimize=True))):
+    image = Image.open(drawn).convert('RGBA').quantize(colors)
+    for fmt, more in (('webp', dict(lossless=True, quality=80)), ('png', dict(optimize=True))):
         buf = BytesIO()
         image.save(buf, fmt, **more)
         out.append(buf.getvalue())

@@ -33,7 +33,7 @@ def _sum_over_processes(grads, group):
     for work in [dist.all_reduce(g, group=group, async_op=True) for g in grads]: work.wait()
     return grads
 
-# %% ../nbs/03_sam.ipynb #49d714e1
+# %% ../nbs/03_sam.ipynb #82394d75
 class SAM(Callback):
     r"Replace the gradient by $\nabla L|_{w+\hat\epsilon}$ (Foret et al. 2021, Algorithm 1); any optimizer, precision and schedule"
     order, run_valid = MixedPrecision.order - 1, False
@@ -48,26 +48,29 @@ class SAM(Callback):
     ):
         if not callable(rho): at_least('rho', rho, 0)
         at_least('p', p, 1, finite=False), at_least('eta', eta, 0)
+        if not (params is None or callable(params) or is_iter(params)):
+            raise TypeError(f'params={params!r} must be None, a function of the model, or an iterable of parameters')
         if not (params is None or callable(params)): params = list(params)
         store_attr()
-        self.gaps = []
+        self.gaps, self.new_gaps = [], []
 
     def before_fit(self):
-        self.perturb, self.gaps, self.new_gaps = _chosen(self.params, self.model), [], []
         for h in self.opt.hypers: h.pop('rho', None)   # left over from an earlier fit with a schedule
-        self._sync_backward(True)
+
+    def before_train(self):
+        self.perturb = _chosen(self.params, self.model)
+        if self.train_iter == 0: self.gaps, self.new_gaps = [], []
 
     def before_batch(self):
-        self.rng = same_rng(self.perturb[0].device) if self.same_rng else nullcontext()
-        self.hidden = same_hidden(self.model)
-        self._sync_backward(False)                     # before the first *forward*: that is where DDP prepares
+        "Remember where both passes start; callbacks that draw random numbers in `before_batch` need a lower `order`"
+        rng = same_rng(self.perturb[0].device) if self.same_rng else nullcontext()
+        self.rewind = rng, same_hidden(self.model)
 
     def before_backward(self):
         clean = self.learn.loss, self.learn.pred
-        weights = [w for w in self.perturb if w.requires_grad]
+        weights, (rng, hidden) = [w for w in self.perturb if w.requires_grad], self.rewind
         try:
-            with perturbed(weights, self._uphill(weights)), frozen_stats(self.model), self.hidden, self.rng:
-                self._sync_backward(True)
+            with perturbed(weights, self._uphill(weights)), frozen_stats(self.model), hidden, rng:
                 self._second_forward(clean[0])
                 self.learn._backward()
         finally: self.learn.loss, self.learn.pred = clean
@@ -79,7 +82,7 @@ class SAM(Callback):
         scaler = getattr(self.learn, 'scaler', None)   # without the loss scale, half-precision gradients underflow
         if scaler is not None: loss = scaler.scale(loss)
         grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True) if weights else []
-        if self.sync and self._parallel(): grads = _sum_over_processes(grads, self.model.process_group)
+        if self.sync and isinstance(self.model, DistributedDataParallel): grads = _sum_over_processes(grads, self.model.process_group)
         return ascent(grads, self.radius(), weights, self.p, self.adaptive, self.eta)
 
     def _second_forward(self, clean):
@@ -101,21 +104,16 @@ class SAM(Callback):
         rho = self.opt.hypers[-1].get('rho', self.rho)
         return at_least('rho', rho(self.pct_train) if callable(rho) else rho, 0)
 
-    def _parallel(self): return isinstance(self.model, DistributedDataParallel)
-    def _sync_backward(self, on):
-        if self._parallel(): self.model.require_backward_grad_sync = on
-
-    def after_cancel_batch(self): self._sync_backward(True)
-    def after_batch(self): self.rng = self.hidden = None
+    def after_batch(self): self.rewind = None
     def after_train(self): self._collect()
-    def after_fit(self): self._collect()
+    def after_cancel_fit(self): self._collect()
     def _collect(self):
         "One wait for the device per epoch, not one per step"
         if self.new_gaps: self.gaps += torch.stack(self.new_gaps).tolist()
-        self.new_gaps = []
+        self.new_gaps, self.perturb = [], None
 
     def plot_gaps(self, ax=None, window=10, **kwargs):
-        "The loss gap $L(w+\hat\epsilon)-L(w)$ of each step, as a running mean over `window` steps"
+        r"The loss gap $L(w+\hat\epsilon)-L(w)$ of each step, as a running mean over `window` steps"
         import matplotlib.pyplot as plt
         ax = ax or plt.subplots()[1]
         ax.plot(pd.Series(self.gaps).rolling(window, min_periods=1).mean(), **kwargs)

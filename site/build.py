@@ -6,7 +6,7 @@ from html import escape
 import nbformat, yaml
 from book import docs, links, nbs, page, proc, relink, root, sections, source
 
-raw_fence = re.compile(r'^\s*```\{=html\}\n(.*)\n```\s*$', re.S)
+raw_fence = re.compile(r'\s*(?P<ticks>`{3,})\{=html\}\n(?P<html>.*)\n(?P=ticks)\s*', re.S)
 doc_entry = re.compile(r'---\n\n(?:\[source\]\((?P<src>\S+?)\)\{.*?\}\n\n)?#+ (?P<name>\S+)\n\n'
                        r'```python\n(?P<sig>.*?)\n```\s*(?P<doc>.*)', re.S)
 option = re.compile(r'^#\| *([\w-]+): *(.*?) *(?:\n|\Z)', re.M)
@@ -67,7 +67,7 @@ def output(out):
     data = out.get('data', {})
     for mime in [m for m in data if 'widget' in m]: del data[mime]
     text = data.get('text/markdown', '')
-    if fence := raw_fence.match(text): data['text/html'] = fence[1]
+    if fence := raw_fence.fullmatch(text): data['text/html'] = fence['html']
     if 'text/html' in data: data.pop('text/markdown', None)
     elif text: data['text/markdown'] = relink(text)
     return out

@@ -15,12 +15,13 @@ bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
 cpu = torch.device('cpu')
-ROWS = ['SGD', 'SGD again', 'two-pass floor', 'two_pass', 'Learner', 'Learner again', 'two-pass floor in a Learner', 'SAM callback']
+ROWS = ['SGD', 'SGD again', 'two-pass floor', 'two_pass',
+        'Learner', 'Learner again', 'two-pass floor in a Learner', 'SAM callback']
 
 
 def test_the_table_has_its_rows(tmp_path, capsys):
     out = tmp_path / 'here' / 'cpu.json'
-    rows = bench.main(['--models', 'mlp', 'deep', '--steps', '2', '--warmup', '1', '--threads', '1', '--device', 'cpu', '--json', str(out)])
+    rows = bench.main(f'--models mlp deep --steps 2 --warmup 1 --device cpu --json {out}'.split())
     printed = capsys.readouterr().out
     assert 'in 124 tensors' in printed and 'in 8 tensors' in printed and 'threads 1' in printed
     for model in ('mlp', 'deep'):

@@ -436,6 +436,20 @@ def test_network_equals_reference(kw, drop):
     assert_close(model, ref)  # weights where they were, buffers of pass 1
 
 
+def test_two_pass_inside_an_outer_autocast():
+    "Autocast remembers the half-precision copies of the weights; pass 2 must not be given those of pass 1."
+    model = mlp(f32)
+    ref = copy.deepcopy(model)
+    x, y = torch.randn(8, 5), torch.randint(0, 3, (8,))
+    with torch.autocast('cpu', torch.bfloat16):
+        two_pass(lambda: nn.functional.cross_entropy(model(x).float(), y), list(model.parameters()), 2.)
+    with torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+        gs, *_ = sam_gradient(ref, lambda call: nn.functional.cross_entropy(call(x).float(), y), 2.)
+        plain, *_ = sam_gradient(ref, lambda call: nn.functional.cross_entropy(call(x).float(), y), 0.)
+    for w, g in zip(model.parameters(), gs): torch.testing.assert_close(w.grad, g, rtol=1e-2, atol=1e-3)
+    assert max((a - b).abs().max() for a, b in zip(gs, plain)) > .05
+
+
 def test_two_pass_without_model_leaves_buffers_alone_once_asked():
     "Without `model=` the second pass counts in the statistics; with it, it does not."
     x = torch.randn(8, 5, dtype=f64)

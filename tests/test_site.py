@@ -197,6 +197,7 @@ def test_search_finds_perturbed(browser, site):
 def test_the_rho_slider_moves_the_picture(seen):
     page = seen('landscape').page
     slider = page.locator('input[type=range]').first
+    assert slider.count() == 1, 'no slider on the page: was the notebook saved without its outputs?'
     shown = lambda: slider.evaluate("""o => [...o.closest('.cell_output, article').querySelectorAll('img')]
         .filter(o => o.checkVisibility()).map(o => o.currentSrc)""")
     before = shown()
