@@ -209,7 +209,13 @@ def _trainable(params):
     if not any(w.requires_grad for w in params): raise ValueError(f'params: none of the {len(params)} tensors requires a gradient')
     return [w for w in dict.fromkeys(params) if w.requires_grad]
 
-# %% ../nbs/01_core.ipynb #4ccb0c0b
+# %% ../nbs/01_core.ipynb #15e997d4
+def _uphill(loss, params, rho, **ascent_kwargs):
+    "The perturbation of `params`; the gradient it is made of is forgotten at once, so that the second pass has room"
+    grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+    return ascent(grads, rho, params, **ascent_kwargs)
+
+# %% ../nbs/01_core.ipynb #1b64f8cb
 def two_pass(
     closure,         # computes the loss of one batch, a scalar tensor; called twice. A list: equal shards, each its own perturbation
     params,          # the weights to perturb, e.g. `model.parameters()`; every weight gets its gradient, perturbed or not
@@ -226,8 +232,7 @@ def two_pass(
     for shard in shards:
         again, hidden = same_rng(params[0].device), same_hidden(model)
         loss = _graph(shard())
-        grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-        with perturbed(params, ascent(grads, rho, params, **ascent_kwargs)), frozen_stats(model), hidden, again:
-            (_graph(shard()) / len(shards)).backward()
         clean = clean + loss.detach() / len(shards)
+        with perturbed(params, _uphill(loss, params, rho, **ascent_kwargs)), frozen_stats(model), hidden, again:
+            (_graph(shard()) / len(shards)).backward()
     return clean
