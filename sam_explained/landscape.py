@@ -15,7 +15,7 @@ from io import BytesIO
 from numbers import Real
 import torch
 
-# %% ../nbs/00_landscape.ipynb #ca3ce498
+# %% ../nbs/00_landscape.ipynb #9f5c61b5
 method_colors = {'SGD': '#d97d03', 'SAM': '#8f01fb', 'mSAM': '#1a89b9',
                  'SSAM': '#727c3e', 'SAF': '#a4546f', 'MESA': '#8379f9'}
 
@@ -33,17 +33,18 @@ def figure_style():
         'axes.spines.top': False, 'axes.spines.right': False, 'lines.linewidth': 1.8,
         'grid.color': ink, 'grid.alpha': .25, 'axes.prop_cycle': mpl.cycler(color=list(method_colors.values()))})
 
-# %% ../nbs/00_landscape.ipynb #4b0fdb44
+# %% ../nbs/00_landscape.ipynb #774a4da3
 def _number(name, value, low=0., strict=False):
     "Return `value` as a float, or raise an error that names the argument, the value and the range."
-    if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(f'{name} must be a number, got {value!r}')
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f'{name} must be a number, got {value!r}')
     if not math.isfinite(value) or value < low or (strict and value == low):
         raise ValueError(f'{name} must be a finite number {">" if strict else ">="} {low:g}, got {value!r}')
     return float(value)
 
-# %% ../nbs/00_landscape.ipynb #40e35d02
+# %% ../nbs/00_landscape.ipynb #516413c6
 class Bowl:
-    "A quadratic loss `L(w) = 1/2 (w-c)' diag(lam) (w-c)` on points `w` of shape `(..., 2)`; minimum `c`, Hessian `diag(lam)`."
+    "The loss `L(w) = 1/2 (w-c)' diag(lam) (w-c)` of points `w`, shape `(..., 2)`; minimum `c`, Hessian `diag(lam)`."
     def __init__(self,
         lam=(10., 1.),  # the two curvatures, both > 0
         c=(0., 0.)      # where the minimum lies
@@ -54,9 +55,9 @@ class Bowl:
             if len(v) != 2: raise ValueError(f'{name} must hold two numbers, got {len(v)}')
     def __call__(self, w): return (self.lam * (w - self.c) ** 2).sum(-1) / 2
 
-# %% ../nbs/00_landscape.ipynb #3f4c5c2a
+# %% ../nbs/00_landscape.ipynb #ea7984ea
 class TwoMinima:
-    "A valley with a sharp minimum at (-1, 0) and a flat one at (1, 0), both of height 0; Hessians `diag(8 lip, sharp)` and `diag(8 lip, flat)`."
+    "A valley, equation (1), with a sharp minimum at (-1, 0) and a flat one at (1, 0), both of height 0."
     def __init__(self,
         sharp=25.,  # curvature across the valley at the sharp minimum, > 0
         flat=1.,    # curvature across the valley at the flat minimum, > 0
@@ -117,14 +118,14 @@ def show_path(path,
     ax.plot(x[-1], y[-1], 'o', color=color, ms=8)
     return ax
 
-# %% ../nbs/00_landscape.ipynb #41d7eb55
+# %% ../nbs/00_landscape.ipynb #465a98e1
 def descend(loss,    # any function of points of shape (..., 2)
     w0,              # start, shape (2,), or many starts at once, shape (..., 2)
     lr=.04,          # step size, > 0
     rho=0.,          # how far to look uphill, >= 0: one number, or a tensor of shape (..., 1); 0 is gradient descent
     steps=100        # number of steps, >= 0
 ):
-    "Walk down `loss` from `w0` by gradient descent or, with `rho > 0`, by SAM. Returns the path, shape `(steps+1, ..., 2)`."
+    "Walk down `loss` by gradient descent or, with `rho > 0`, by SAM. Returns the path, shape `(steps+1, ..., 2)`."
     lr, steps = _number('lr', lr, strict=True), int(_number('steps', steps))
     for r in rho.flatten().tolist() if isinstance(rho, torch.Tensor) else [rho]: _number('rho', r)
     w = torch.as_tensor(w0, dtype=torch.float64)
@@ -136,8 +137,8 @@ def descend(loss,    # any function of points of shape (..., 2)
         path.append(w)
     return torch.stack(path)
 
-# %% ../nbs/00_landscape.ipynb #d87d2094
-def _pictures(fig, colors=32):
+# %% ../nbs/00_landscape.ipynb #2fe01dc3
+def _pictures(fig, colors=48):
     "The figure as WebP and as PNG bytes, both with a palette (line art needs few colours), and its size in CSS pixels."
     import matplotlib as mpl
     from PIL import Image
@@ -156,33 +157,37 @@ _turn = ("const box=this.closest('.frames'),all=[...box.querySelectorAll('img')]
          "box.querySelector('output').value=all[this.value].dataset.label;"
          "this.setAttribute('aria-valuetext',all[this.value].dataset.label)")
 
-# %% ../nbs/00_landscape.ipynb #d99ccd7d
+# %% ../nbs/00_landscape.ipynb #8bd54554
+def _draw(figs):
+    "Every figure of `figs` as `_pictures` gives it; each is closed as soon as it is drawn."
+    import matplotlib.pyplot as plt
+    if not hasattr(figs, '__iter__'): raise TypeError(f'figs must be a list or generator of figures, got {figs!r}')
+    for fig in figs:
+        if not hasattr(fig, 'savefig'): raise TypeError(f'figs must hold matplotlib figures, got {fig!r}')
+        yield _pictures(fig)
+        plt.close(fig)
+
+# %% ../nbs/00_landscape.ipynb #ead47230
 class Frames:
     "Pictures to leaf through: a live slider in Jupyter, a plain HTML slider on a page, the first picture elsewhere."
     def __init__(self,
         figs,          # matplotlib figures, or a generator of them; each is drawn and closed at once
         labels,        # one per figure, shown beside the slider
         name='frame',  # what the slider moves, for example 'rho'
-        alt=None       # what the pictures show, in words: one text, or one per figure
+        alt='Figure'   # what the pictures show, in words: one text, or one per figure
     ):
-        import matplotlib.pyplot as plt
         if isinstance(labels, str): raise TypeError(f'labels must be a list with one entry per figure, got {labels!r}')
-        if not hasattr(figs, '__iter__'): raise TypeError(f'figs must be a list or generator of figures, got {figs!r}')
-        self.labels, self.name, self.pictures = [str(l) for l in labels], str(name), []
-        for fig in figs:
-            if not hasattr(fig, 'savefig'): raise TypeError(f'figs must hold matplotlib figures, got {fig!r}')
-            webp, png, self.size = _pictures(fig)
-            plt.close(fig)
-            if not self.pictures: self.png = png
-            self.pictures.append(webp)
-        if not self.pictures: raise ValueError('figs must hold at least one figure, got none')
-        if len(self.labels) != len(self.pictures):
-            raise ValueError(f'labels must have one entry per figure: got {len(self.labels)} for {len(self.pictures)} figures')
-        alts = [alt or 'Figure'] * len(self.labels) if alt is None or isinstance(alt, str) else list(alt)
-        if len(alts) != len(self.labels): raise ValueError(f'alt must be one text or one per figure, got {len(alts)} for {len(self.labels)}')
+        drawn, self.labels, self.name = list(_draw(figs)), [str(o) for o in labels], str(name)
+        if not drawn: raise ValueError('figs must hold at least one figure, got none')
+        alts = [alt] * len(drawn) if isinstance(alt, str) else list(alt)
+        for arg, texts, what in (('labels', self.labels, 'have one entry'), ('alt', alts, 'be one text or one')):
+            if len(texts) == len(drawn): continue
+            raise ValueError(f'{arg} must {what} per figure: got {len(texts)} for {len(drawn)} figures')
+        self.pictures, (_, self.png, self.size) = [webp for webp, _, _ in drawn], drawn[0]
         self.alts = [f'{a}; {self.name} = {l}' for a, l in zip(alts, self.labels)]
 
-    def __repr__(self): return f'Frames: {len(self.pictures)} pictures, {self.name} = {self.labels[0]} to {self.labels[-1]}'
+    def __repr__(self):
+        return f'Frames: {len(self.pictures)} pictures, {self.name} = {self.labels[0]} to {self.labels[-1]}'
 
     def img(self, i, show=True):
         "Picture `i` as an HTML `img` element with everything inside."
@@ -193,18 +198,20 @@ class Frames:
 
     def html(self):
         "A slider and all pictures in plain HTML: no script file, no id, no kernel."
-        imgs = '\n'.join(self.img(i, show=i == 0) for i in range(len(self.pictures)))
-        return (f'<figure class="frames" style="margin:1em 0"><label style="display:flex;gap:.8em;align-items:center">'
-                f'<span>{escape(self.name)}</span><input type="range" min="0" max="{len(self.pictures) - 1}" value="0" step="1" '
-                f'autocomplete="off" aria-valuetext="{escape(self.labels[0])}" oninput="{_turn}" '
-                f'style="flex:1;max-width:22rem;accent-color:{method_colors["SAM"]}"><output style="min-width:4em">{escape(self.labels[0])}</output></label>\n'
-                f'{imgs}\n</figure>')
+        first, color = escape(self.labels[0]), method_colors['SAM']
+        return '\n'.join([
+            '<figure class="frames" style="margin:1em 0">',
+            f'<label style="display:flex;gap:.8em;align-items:center"><span>{escape(self.name)}</span>',
+            f'<input type="range" min="0" max="{len(self.pictures) - 1}" value="0" step="1" autocomplete="off"',
+            f'aria-valuetext="{first}" style="flex:1;max-width:22rem;accent-color:{color}" oninput="{_turn}">',
+            f'<output style="min-width:4em;text-align:left">{first}</output></label>',
+            *(self.img(i, show=i == 0) for i in range(len(self.pictures))), '</figure>'])
 
     def widget(self):
         "The live view: a play button, a slider and the picture it points at."
         from ipywidgets import HBox, HTML, Play, SelectionSlider, VBox, jslink
-        slider = SelectionSlider(options=[(l, i) for i, l in enumerate(self.labels)], description=self.name,
-                                 layout=dict(width='60%'))
+        options = [(label, i) for i, label in enumerate(self.labels)]
+        slider = SelectionSlider(options=options, description=self.name, layout=dict(width='60%'))
         play, picture = Play(max=len(self.labels) - 1, interval=400), HTML(self.img(0))
         jslink((play, 'value'), (slider, 'index'))
         slider.observe(lambda change: setattr(picture, 'value', self.img(change['new'])), 'index')

@@ -230,7 +230,7 @@ def test_the_scenario_trains_when_nothing_is_raised():
     losses = []
     class Note(Callback):
         run_valid = False
-        def after_batch(self): losses.append(float(self.learn.loss))
+        def after_batch(self): losses.append(self.learn.loss.item())
         def before_batch(self): self.learn.model.passes = 0
     learn.add_cb(Note())
     learn.fit(60)
