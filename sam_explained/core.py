@@ -23,7 +23,7 @@ def at_least(name, value, low, finite=True):
     if not low <= value or (finite and value == inf): raise ValueError(f'{name}={value!r} must be {allowed}')
     return value
 
-# %% ../nbs/01_core.ipynb #002caf32
+# %% ../nbs/01_core.ipynb #0f446570
 def grad_norm(
     grads, # tensors of any shapes, on any devices: one vector in pieces
     p=2,   # which norm, from 1 to `inf`
@@ -34,7 +34,8 @@ def grad_norm(
     grads = [g for g in grads if g.numel()]
     if not grads: return torch.zeros((), dtype=dtype)
     norms = torch._foreach_norm(grads, p, dtype=dtype)
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device, dtype) for n in norms]), p)
+    if len({n.device for n in norms}) > 1: norms = [n.to(norms[0].device) for n in norms]
+    return torch.linalg.vector_norm(torch.stack(norms), p)
 
 # %% ../nbs/01_core.ipynb #46551fd7
 def _steepest_coordinate(grads, rho):
@@ -73,7 +74,7 @@ def _check_ball(rho, p=2, eta=0.01, **other):
 # %% ../nbs/01_core.ipynb #6e17de64
 def _times(xs, ys): return xs if ys is None else [x * y for x, y in zip(xs, ys, strict=True)]
 
-# %% ../nbs/01_core.ipynb #e0a98af4
+# %% ../nbs/01_core.ipynb #46883f3b
 @torch.no_grad()
 def ascent(
     grads,          # the gradient $g$, a list of tensors; a common factor (a loss scale) does not matter
@@ -91,7 +92,7 @@ def ascent(
     for name, xs in (('params', params), ('masks', masks)):
         if xs is not None and len(xs) != len(grads): raise ValueError(f'{name} has {len(xs)} tensors, grads has {len(grads)}')
     T = [w.detach().abs() + eta for w in params] if adaptive else None
-    g = [g.to(torch.promote_types(g.dtype, torch.float32)) for g in grads]
+    g = [g if g.dtype.itemsize >= 4 else g.float() for g in grads]
     g = _times(g, T)
     eps = _steepest(_times(g, masks) if renorm else g, rho, p)
     return _times(_times(eps, masks), T)
@@ -111,14 +112,19 @@ def _interrupt_waits():
         signal.signal(signal.SIGINT, usual)
         if waiting: usual(*waiting[0])
 
-# %% ../nbs/01_core.ipynb #bcdfef49
+# %% ../nbs/01_core.ipynb #202c30b2
 def _add(xs, ys):
     if xs: torch._foreach_add_(xs, ys)
 
 def _copy(xs, ys):
     if xs: torch._foreach_copy_(xs, ys)
 
-# %% ../nbs/01_core.ipynb #9900dbe0
+def _clones(xs):
+    copies = [torch.empty_like(x, requires_grad=False) for x in xs]
+    with torch.no_grad(): _copy(copies, xs)
+    return copies
+
+# %% ../nbs/01_core.ipynb #070b9ba9
 @contextmanager
 def perturbed(
     params, # the weights $w$, a list of tensors (leaves are fine: autograd does not see the move)
@@ -128,7 +134,7 @@ def perturbed(
     params = list(params)
     if len(params) != len(eps): raise ValueError(f'eps has {len(eps)} tensors, params has {len(params)}')
     with _interrupt_waits():
-        saved = [w.detach().clone() for w in params]
+        saved = _clones(params)
         try:
             with torch.no_grad(): _add(params, eps)
             del eps
@@ -138,17 +144,18 @@ def perturbed(
             with torch.no_grad(): _copy(params, saved)
             torch.clear_autocast_cache()
 
-# %% ../nbs/01_core.ipynb #5a1c36fd
+# %% ../nbs/01_core.ipynb #4c2e62bf
 @contextmanager
 def frozen_stats(model):
     "Inside, `model` runs as usual; afterwards its buffers (running statistics, counters) are as they were. `None`: no buffers"
     found = [(m, name, b) for m in (model.modules() if model is not None else ())
              for name, b in m.named_buffers(recurse=False)]
-    saved = [b.clone() for _, _, b in found]
+    buffers = [b for _, _, b in found]
+    saved = _clones(buffers)
     try: yield
     finally:
-        for (m, name, b), old in zip(found, saved):
-            with torch.no_grad(): b.copy_(old)
+        with torch.no_grad(): _copy(buffers, saved)
+        for m, name, b in found:
             if getattr(m, name) is not b: setattr(m, name, b)   # a forward that rebinds a buffer instead of filling it
 
 # %% ../nbs/01_core.ipynb #81231f20
@@ -171,13 +178,13 @@ class same_rng:
         self._put(self.start)
     def __exit__(self, *error): self._put(self.end)
 
-# %% ../nbs/01_core.ipynb #0d054457
+# %% ../nbs/01_core.ipynb #61a2754c
 class same_hidden:
     "Inside `with`, modules of `model` that have a `reset` method remember what they remembered when this object was made"
     def __init__(self,
         model, # a module; None: there is nothing to remember
     ):
-        self.modules = [m for m in (model.modules() if model is not None else ()) if hasattr(m, 'reset')]
+        self.modules = [m for m in (model.modules() if model is not None else ()) if hasattr(type(m), 'reset')]
         self.start = self._now()
     def _now(self): return [{k: _snapshot(v) for k, v in vars(m).items() if k[0] != '_'} for m in self.modules]
     def _put(self, states):
