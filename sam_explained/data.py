@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'NICKNAMES', 'redraw', 'Labelled', 'SeededDL', 'split', 'noisy', 'loaders', 'Digits', 'digits',
            'docstrings_in', 'source_files', 'naming', 'words_of', 'corpus', 'Docstrings', 'docstrings']
 
-# %% ../nbs/02_data.ipynb #68fd3b5a
+# %% ../nbs/02_data.ipynb #7bbea540
 import ast, importlib.util, random, re, warnings
 from collections import Counter
 from copy import copy

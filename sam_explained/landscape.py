@@ -6,7 +6,7 @@
 __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path', 'descend', 'Frames',
            'static_only']
 
-# %% ../nbs/00_landscape.ipynb #5abd3473
+# %% ../nbs/00_landscape.ipynb #4075a674
 import math
 import re
 from base64 import b64encode

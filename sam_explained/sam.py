@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SAM', 'norm_params']
 
-# %% ../nbs/03_sam.ipynb #9a2d934f
+# %% ../nbs/03_sam.ipynb #730d1d13
 from contextlib import ExitStack, nullcontext
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel

@@ -205,3 +205,10 @@ def test_the_rho_slider_moves_the_picture(seen):
     assert len(before) >= 1 and shown() != before
     slider.press('Home')
     assert shown() != before or slider.input_value() == slider.get_attribute('min')
+
+
+def test_the_reference_page_lists_every_public_name(site):
+    from sam_explained import all as everything
+    text = (docs/'all.html').read_text(encoding='utf-8')
+    missing = [n for n in everything.__all__ if f'<span class="pre">{n}</span>' not in text]
+    assert everything.__all__ and not missing, f'run 30_all.ipynb and save it: {missing}'
