@@ -74,7 +74,7 @@ def _check_ball(rho, p=2, eta=0.01, **other):
 # %% ../nbs/01_core.ipynb #6e17de64
 def _times(xs, ys): return xs if ys is None else [x * y for x, y in zip(xs, ys, strict=True)]
 
-# %% ../nbs/01_core.ipynb #46883f3b
+# %% ../nbs/01_core.ipynb #024c3997
 @torch.no_grad()
 def ascent(
     grads,          # the gradient $g$, a list of tensors; a common factor (a loss scale) does not matter
@@ -86,7 +86,7 @@ def ascent(
     masks=None,     # 0/1 tensors, one per gradient: perturb only where 1 (Mi et al. 2022)
     renorm=False,   # True: normalise the masked gradient, radius exactly `rho`; False: mask afterwards, as in the paper
 ):
-    r"The perturbation $\hat\epsilon$ of eq. (2) in Foret et al. 2021, a list like `grads`, in float32 or better"
+    "The perturbation `eps` of Foret et al. 2021, eq. (2), which goes furthest uphill: a list like `grads`, float32 or better"
     _check_ball(rho, p, eta)
     if adaptive and params is None: raise ValueError('adaptive=True needs params, the weights that belong to grads')
     for name, xs in (('params', params), ('masks', masks)):
@@ -222,7 +222,7 @@ def _uphill(loss, params, rho, **ascent_kwargs):
     grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
     return ascent(grads, rho, params, **ascent_kwargs)
 
-# %% ../nbs/01_core.ipynb #1b64f8cb
+# %% ../nbs/01_core.ipynb #2915130f
 def two_pass(
     closure,         # computes the loss of one batch, a scalar tensor; called twice. A list: equal shards, each its own perturbation
     params,          # the weights to perturb, e.g. `model.parameters()`; every weight gets its gradient, perturbed or not
@@ -230,7 +230,7 @@ def two_pass(
     model=None,      # the model behind `closure`: its buffers count the first pass only, its hidden state is kept
     **ascent_kwargs, # `p`, `adaptive`, `eta`, `masks`, `renorm` of `ascent`
 ):
-    r"Add $\nabla L|_{w+\hat\epsilon}$ (Foret et al. 2021, eq. (3)) to `.grad` and return the clean loss $L(w)$, detached"
+    "Add the gradient at `w + eps` (Foret et al. 2021, eq. (3)) to `.grad` and return the clean loss at `w`, detached"
     _check_ball(rho, **ascent_kwargs)
     signature(ascent).bind(None, rho, **ascent_kwargs)    # an unknown name is an error now, not after the first pass
     params, shards = _trainable(params), closure if isinstance(closure, (list, tuple)) else [closure]

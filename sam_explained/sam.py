@@ -33,9 +33,9 @@ def _sum_over_processes(grads, group):
     for work in [dist.all_reduce(g, group=group, async_op=True) for g in grads]: work.wait()
     return grads
 
-# %% ../nbs/03_sam.ipynb #82394d75
+# %% ../nbs/03_sam.ipynb #527e366b
 class SAM(Callback):
-    r"Replace the gradient by $\nabla L|_{w+\hat\epsilon}$ (Foret et al. 2021, Algorithm 1); any optimizer, precision and schedule"
+    "Replace the gradient by the one at `w + eps` (Foret et al. 2021, Algorithm 1); any optimizer, precision and schedule"
     order, run_valid = MixedPrecision.order - 1, False
     def __init__(self,
         rho=0.05,       # radius $\rho\ge0$, a length in weight space; or a function of `pct_train`, e.g. `SchedLin(0, .1)`
