@@ -5,15 +5,17 @@
 # %% auto #0
 __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path', 'descend', 'Frames',
            'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats', 'same_rng', 'same_hidden',
-           'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params']
+           'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params', 'shards', 'MSAM']
 
-# %% ../nbs/30_all.ipynb #e22f5dcf
+# %% ../nbs/30_all.ipynb #4aaa160d
 from .landscape import *
 from .core import *
 from .data import digits, docstrings, noisy
 from .sam import *
+from .msam import *
 
-# %% ../nbs/30_all.ipynb #110913c9
+# %% ../nbs/30_all.ipynb #e88b775f
 _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path',
          'descend', 'Frames', 'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats',
-         'same_rng', 'same_hidden', 'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params']
+         'same_rng', 'same_hidden', 'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params',
+         'shards', 'MSAM']

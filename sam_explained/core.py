@@ -178,7 +178,7 @@ class same_rng:
         self._put(self.start)
     def __exit__(self, *error): self._put(self.end)
 
-# %% ../nbs/01_core.ipynb #61a2754c
+# %% ../nbs/01_core.ipynb #74536830
 class same_hidden:
     "Inside `with`, modules of `model` that have a `reset` method remember what they remembered when this object was made"
     def __init__(self,
@@ -186,18 +186,22 @@ class same_hidden:
     ):
         self.modules = [m for m in (model.modules() if model is not None else ()) if hasattr(type(m), 'reset')]
         self.start = self._now()
-    def _now(self): return [{k: _snapshot(v) for k, v in vars(m).items() if k[0] != '_'} for m in self.modules]
+    def _now(self): return [_snapshot({k: v for k, v in vars(m).items() if k[0] != '_'}) for m in self.modules]
     def _put(self, states):
-        for m, state in zip(self.modules, states): vars(m).update(state)
+        for m, state in zip(self.modules, states): vars(m).update(_snapshot(state))
+    def restore(self):
+        "The modules remember it again, from now on"
+        self._put(self.start)
     def __enter__(self):
         self.end = self._now()
-        self._put(self.start)
+        self.restore()
     def __exit__(self, *error): self._put(self.end)
 
-# %% ../nbs/01_core.ipynb #7928ee3d
+# %% ../nbs/01_core.ipynb #bb1b69e6
 def _snapshot(x):
-    "Copies of the tensors in `x`, a tensor or lists and tuples of them; anything else as it is"
+    "Copies of the tensors in `x`, a tensor or dicts, lists and tuples of them; anything else as it is"
     if torch.is_tensor(x): return x.detach().clone()
+    if type(x) is dict: return {k: _snapshot(v) for k, v in x.items()}
     return type(x)(map(_snapshot, x)) if type(x) in (list, tuple) else x
 
 # %% ../nbs/01_core.ipynb #a251dbce

@@ -33,7 +33,7 @@ def _sum_over_processes(grads, group):
     for work in [dist.all_reduce(g, group=group, async_op=True) for g in grads]: work.wait()
     return grads
 
-# %% ../nbs/03_sam.ipynb #527e366b
+# %% ../nbs/03_sam.ipynb #f503e003
 class SAM(Callback):
     "Replace the gradient by the one at `w + eps` (Foret et al. 2021, Algorithm 1); any optimizer, precision and schedule"
     order, run_valid = MixedPrecision.order - 1, False
@@ -68,36 +68,44 @@ class SAM(Callback):
 
     def before_backward(self):
         clean = self.learn.loss, self.learn.pred
-        weights, (rng, hidden) = [w for w in self.perturb if w.requires_grad], self.rewind
-        try:
-            with perturbed(weights, self._uphill(weights)), frozen_stats(self.model), hidden, rng:
-                self._second_forward(clean[0])
-                self.learn._backward()
+        try: self.new_gaps.append(self._second_pass())
         finally: self.learn.loss, self.learn.pred = clean
         raise CancelBackwardException                  # fastai goes on to `before_step`
 
-    def _uphill(self, weights):
-        "The perturbation of `weights`; `.grad` is not touched"
+    def _second_pass(self, share=1):
+        "Add `share` times the gradient at `w + eps` to `.grad`; returns by how much the loss is larger there"
+        weights, clean, (rng, hidden) = [w for w in self.perturb if w.requires_grad], self.learn.loss.detach(), self.rewind
+        with perturbed(weights, self._ascent(self._gradient(weights), weights)), frozen_stats(self.model), hidden, rng:
+            self._forward()
+            for cb in self._others(): cb('before_backward')
+            if share != 1: self.learn.loss_grad = share * self.learn.loss_grad
+            self.learn._backward()
+        return self.learn.loss.detach() - clean
+
+    def _gradient(self, weights):
+        "The gradient of the first pass with respect to `weights`; `.grad` is not touched"
         loss = self.learn.loss_grad
         scaler = getattr(self.learn, 'scaler', None)   # without the loss scale, half-precision gradients underflow
         if scaler is not None: loss = scaler.scale(loss)
         grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True) if weights else []
         if self.sync and isinstance(self.model, DistributedDataParallel): grads = _sum_over_processes(grads, self.model.process_group)
-        return ascent(grads, self.radius(), weights, self.p, self.adaptive, self.eta)
+        return grads
 
-    def _second_forward(self, clean):
-        "Model and loss again, with every event that other callbacks have between batch and backward"
-        learn, others = self.learn, [cb for cb in self.learn.cbs.sorted('order') if cb is not self]
+    def _ascent(self, grads, weights): return ascent(grads, self.radius(), weights, self.p, self.adaptive, self.eta)
+
+    def _others(self): return [cb for cb in self.learn.cbs.sorted('order') if cb is not self]
+
+    def _forward(self, model=None):
+        "Model and loss, with every event that other callbacks have between batch and backward"
+        learn, others = self.learn, self._others()
         amp = first(cb for cb in others if isinstance(cb, MixedPrecision))
         with ExitStack() as autocast:
             if amp: autocast.enter_context(amp.autocast)
-            learn.pred = learn.model(*learn.xb)
+            learn.pred = (learn.model if model is None else model)(*learn.xb)
             for cb in others: cb('after_pred')
             learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
             learn.loss = learn.loss_grad.clone()
-            self.new_gaps.append(learn.loss.detach() - clean.detach())
             for cb in others: autocast.close() if cb is amp else cb('after_loss')
-        for cb in others: cb('before_backward')
 
     def radius(self):
         "The current rho: the optimizer's hyper-parameter if a `ParamScheduler` has put it there, else `self.rho`"
@@ -112,13 +120,15 @@ class SAM(Callback):
         if self.new_gaps: self.gaps += torch.stack(self.new_gaps).tolist()
         self.new_gaps, self.perturb = [], None
 
-    def plot_gaps(self, ax=None, window=10, **kwargs):
-        r"The loss gap $L(w+\hat\epsilon)-L(w)$ of each step, as a running mean over `window` steps"
-        import matplotlib.pyplot as plt
-        ax = ax or plt.subplots()[1]
-        ax.plot(pd.Series(self.gaps).rolling(window, min_periods=1).mean(), **kwargs)
-        ax.set(xlabel='step', ylabel=r'$L(w+\hat\epsilon)-L(w)$')
-        return ax
+# %% ../nbs/03_sam.ipynb #17ae6530
+@patch
+def plot_gaps(self:SAM, ax=None, window=10, **kwargs):
+    r"The loss gap $L(w+\hat\epsilon)-L(w)$ of each step, as a running mean over `window` steps"
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots()[1]
+    ax.plot(pd.Series(self.gaps).rolling(window, min_periods=1).mean(), **kwargs)
+    ax.set(xlabel='step', ylabel=r'$L(w+\hat\epsilon)-L(w)$')
+    return ax
 
 # %% ../nbs/03_sam.ipynb #5a485fa1
 def norm_params(model):

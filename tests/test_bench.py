@@ -66,3 +66,35 @@ def test_memory_is_counted_and_given_back():
     assert (memory.most, memory.now) == (8000, 6000)
     del a, c
     assert memory.now == 0
+
+
+# benchmarks/shards.py ----------------------------------------------------------------------------------------------
+
+shards_path = path.with_name('shards.py')
+shards_spec = importlib.util.spec_from_file_location('shards_benchmark', shards_path)
+shards = importlib.util.module_from_spec(shards_spec)
+shards_spec.loader.exec_module(shards)
+
+
+def test_the_shards_table_has_its_rows(tmp_path, capsys):
+    out = tmp_path / 'shards.json'
+    rows = shards.main(f'--models small resnet --shards 1 2 --batch 8 --seconds .01 --device cpu --json {out}'.split())
+    found = [(r['model'], r['method'], r['n']) for r in rows]
+    small, resnet = 'MLP 64-64-64-10', 'small ResNet, batch norm'
+    assert found == [(small, 'SAM', 1), (small, 'SAM again', 1), (small, 'loop', 1), (small, 'loop', 2), (small, 'vmap', 2),
+                     (resnet, 'SAM', 1), (resnet, 'SAM again', 1), (resnet, 'loop', 1), (resnet, 'loop', 2)]
+    assert all(r['ms'] > 0 and 0 < r['low'] <= r['median'] <= r['high'] for r in rows)
+    assert json.loads(out.read_text())['rows'] == rows and 'SAM again' in capsys.readouterr().out
+
+
+def test_its_steps_see_each_row_twice_in_as_many_shards():
+    shards.bench.models['small'] = shards.about_models['small'][0], (8, 64)
+    for (road, n), step in shards.methods('small', cpu, [1, 2, 4]).items():
+        seen = []
+        def note(module, args, out):
+            if type(module) is nn.Sequential: seen.append(len(args[0]))
+        handle = register_module_forward_hook(note)
+        try: step()
+        finally: handle.remove()
+        want = [8, 8] if n == 1 else [8 // n] * 2 * n if road == 'loop' else [8 // n] + [8 // n] * 2
+        assert seen == want, (road, n, seen)
