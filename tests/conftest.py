@@ -23,6 +23,8 @@ def clean_state():
 
 def reset_autocast():
     torch.set_autocast_enabled('cpu', False)
+    while torch.autocast_decrement_nesting() >= 0: pass      # an autocast that was never left keeps old casts of weights
+    torch.autocast_increment_nesting()
     torch.clear_autocast_cache()
 
 

@@ -27,6 +27,14 @@ class InterruptAt:
         return self
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    "Python's own handler; a shell that starts the tests in the background has Ctrl-C ignored"
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, usual)
+
+
 def interrupted_step(n):
     "One `two_pass` step with a Ctrl-C before its n-th bytecode: (sent?, raised?, weights and buffers at home?)"
     torch.manual_seed(0)

@@ -4,39 +4,39 @@ Lines that a script for a single process does not have end in `# <-`.
 """
 import argparse
 import os
-import torch.distributed as dist                                               # <-
-from torch.nn.parallel import DistributedDataParallel                          # <-
+import torch.distributed as dist                                        # <-
+from torch.nn.parallel import DistributedDataParallel                   # <-
 from fastai.basics import *
 from sam_explained.data import digits
 from sam_explained.msam import MSAM, shards
 from sam_explained.sam import SAM
 
 
-class OwnPart(Callback):                                                       # <-
+class OwnPart(Callback):                                                # <-
     "Each process trains on its own part of every batch; for parts of equal size, the batch size must be a multiple"
-    order, run_valid = TrainEvalCallback.order + 1, False                      # <- before MixUp, and before MSAM cuts
-    def before_batch(self):                                                    # <-
-        world, batch = dist.get_world_size(), (self.xb, self.yb)               # <-
-        self.learn.xb, self.learn.yb = shards(batch, world)[dist.get_rank()]   # <-
+    order, run_valid = TrainEvalCallback.order + 1, False               # <-
+    def before_batch(self):                                             # <-
+        world, batch = dist.get_world_size(), (self.xb, self.yb)        # <-
+        self.learn.xb, self.learn.yb = shards(batch, world)[dist.get_rank()]  # <-
 
 
 def train(args):
     gpu = torch.cuda.is_available()
     device = torch.device('cuda', int(os.environ['LOCAL_RANK'])) if gpu else torch.device('cpu')
     if gpu: torch.cuda.set_device(device)
-    set_seed(args.seed)                  # everywhere the same batches; the weights to begin with are those of rank 0
+    set_seed(args.seed)                  # the same batches everywhere
     dls = digits(bs=64, seed=args.seed, device=device)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).to(device)
-    model = DistributedDataParallel(model, device_ids=[device.index] if gpu else None)       # <-
+    model = DistributedDataParallel(model, device_ids=[device.index] if gpu else None)  # <-
     method = partial(MSAM, args.shards) if args.shards else SAM
     cbs = [method(rho=0.1, sync=args.sync), OwnPart()]
     learn = Learner(dls, model, opt_func=SGD, lr=0.1, metrics=accuracy, cbs=cbs)
     with learn.no_bar(), learn.no_logging():
         learn.fit(args.epochs)
-        score = learn.validate()[1]      # in every process: fastai averages over all of them, and would wait for one
-    if dist.get_rank() == 0:                                                   # <- one line, one file
+        score = learn.validate()[1]      # in every process: fastai averages over all of them
+    if dist.get_rank() == 0:                                            # <-
         print(f'{dist.get_world_size()} processes, {args.epochs} epochs: accuracy {score:.4f}')
-        torch.save(get_model(learn.model).state_dict(), args.out)              # <- the model inside the wrapper
+        torch.save(get_model(learn.model).state_dict(), args.out)       # <-
 
 
 parser = argparse.ArgumentParser()
@@ -48,6 +48,6 @@ parser.add_argument('--out', default='two_processes.pt', help='file for the weig
 
 if __name__ == '__main__':
     args = parser.parse_args()
-    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')   # <-
+    dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')  # <-
     try: train(args)
-    finally: dist.destroy_process_group()                                      # <-
+    finally: dist.destroy_process_group()                               # <-
