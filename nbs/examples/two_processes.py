@@ -3,6 +3,7 @@
 Lines that a script for a single process does not have end in `# <-`.
 """
 import argparse
+import gc
 import os
 import torch.distributed as dist                                        # <-
 from torch.nn.parallel import DistributedDataParallel                   # <-
@@ -50,4 +51,6 @@ if __name__ == '__main__':
     args = parser.parse_args()
     dist.init_process_group('nccl' if torch.cuda.is_available() else 'gloo')  # <-
     try: train(args)
-    finally: dist.destroy_process_group()                               # <-
+    finally:
+        gc.collect()                     # or the learner, which is in a circle, would hold on to the group
+        dist.destroy_process_group()                               # <-
