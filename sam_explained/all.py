@@ -5,17 +5,22 @@
 # %% auto #0
 __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path', 'descend', 'Frames',
            'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats', 'same_rng', 'same_hidden',
-           'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params', 'shards', 'MSAM']
+           'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params', 'shards', 'MSAM', 'fisher', 'top_mask',
+           'moved_mask', 'Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask', 'TopGradMask', 'DSTMask', 'SSAM',
+           'Prefix', 'suffix_for']
 
-# %% ../nbs/30_all.ipynb #4aaa160d
+# %% ../nbs/30_all.ipynb #94d936c6
 from .landscape import *
 from .core import *
 from .data import digits, docstrings, noisy
 from .sam import *
 from .msam import *
+from .ssam import *
+from .reuse import *
 
-# %% ../nbs/30_all.ipynb #e88b775f
+# %% ../nbs/30_all.ipynb #2af80199
 _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path',
          'descend', 'Frames', 'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats',
          'same_rng', 'same_hidden', 'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params',
-         'shards', 'MSAM']
+         'shards', 'MSAM', 'fisher', 'top_mask', 'moved_mask', 'Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask',
+         'TopGradMask', 'DSTMask', 'SSAM', 'Prefix', 'suffix_for']
