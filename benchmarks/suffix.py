@@ -1,15 +1,16 @@
 """What a step costs when only a suffix of the network is perturbed and the rest is not computed twice.
 
-    python benchmarks/suffix.py [--rounds 8] [--warmup 1] [--batch 32] [--threads 1] [--json OUT]
+    python benchmarks/suffix.py [--rounds 8] [--warmup 1] [--threads 1] [--net NAME] [--json OUT]
 
-A ResNet-18 for CIFAR. All methods take turns step by step, as in `two_pass.py`, whose `interleave` this uses; a ratio
-is taken inside each round, and the table shows the median and the quartiles. `SGD again` is SGD against itself, the noise.
-`predicted` is 1 + f with f counted (`suffix_for`), for the norm layers 5/3 (the weight gradients of the first pass are
-the only unit saved). The clock counts processor time.
+A ResNet-18 for CIFAR and a ViT-S/16. All methods take turns step by step, as in `two_pass.py`, whose `interleave` this
+uses; a ratio is taken inside each round, and the table shows the median and the quartiles. `SGD again` is SGD against
+itself, the noise. `predicted` is 1 + f with f counted (`suffix_for`), for the norm layers 5/3 (the weight gradients of
+the first pass are the only unit saved). The clock counts processor time.
 """
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,40 @@ def resnet18():
     return nn.Sequential(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
+class Attention(nn.Module):
+    "A transformer block, norm first"
+    def __init__(self, d, heads):
+        super().__init__()
+        self.norm1, self.qkv, self.proj, self.norm2 = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d), nn.LayerNorm(d)
+        self.mlp, self.heads = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)), heads
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Tokens(nn.Module):
+    "An image as 196 patches and a class token, with positions"
+    def __init__(self, d):
+        super().__init__()
+        self.embed, self.start = nn.Conv2d(3, d, 16, 16), nn.Parameter(.02 * torch.randn(1, 1, d))
+        self.where = nn.Parameter(.02 * torch.randn(1, 197, d))
+
+    def forward(self, x):
+        x = self.embed(x).flatten(2).mT
+        return torch.cat([self.start.expand(len(x), -1, -1), x], 1) + self.where
+
+
+class First(nn.Module):
+    def forward(self, x): return x[:, 0]
+
+
+def vit_s16(d=384, depth=12, heads=6):
+    torch.manual_seed(0)
+    return nn.Sequential(Tokens(d), *[Attention(d, heads) for _ in range(depth)], nn.LayerNorm(d), First(), nn.Linear(d, 10))
+
+
 def half_of_all(model, weights):
     "A random 0/1 mask on `weights` that keeps half as many entries as the whole model has"
     keep = sum(w.numel() for w in model.parameters()) / 2 / sum(w.numel() for w in weights)
@@ -41,18 +76,32 @@ def half_of_all(model, weights):
     return [(torch.rand(w.shape, generator=gen) < keep).to(w.dtype) for w in weights]
 
 
-kinds = {  # name: (what is perturbed, first stage perturbed, masked?)
-    'SAM': (lambda m: m.parameters(), 0, False),
-    'last two stages': (lambda m: m[3:].parameters(), 3, False),
-    'last stage': (lambda m: m[4:].parameters(), 4, False),
-    'half of all weights, inside the last stage': (lambda m: m[4:].parameters(), 4, True),
+def since(stage, model): return model[stage:].parameters()
+
+
+kinds = {  # of the ResNet; name: (what is perturbed, first child perturbed, masked?)
+    'SAM': (partial(since, 0), 0, False),
+    'last two stages': (partial(since, 3), 3, False),
+    'last stage': (partial(since, 4), 4, False),
+    'half of all weights, inside the last stage': (partial(since, 4), 4, True),
     'normalisation layers': (norm_params, None, False),
+}
+blocks = {  # of the ViT
+    'SAM': (partial(since, 0), 0, False),
+    'last four blocks': (partial(since, 9), 9, False),
+    'last block': (partial(since, 12), 12, False),
+    'normalisation layers': (norm_params, None, False),
+}
+nets = {  # name: (maker, shape of a batch, kinds)
+    'ResNet-18 for CIFAR': (resnet18, (32, 3, 32, 32), kinds),
+    'ViT-S/16': (vit_s16, (4, 3, 224, 224), blocks),
 }
 
 
-def step(kind, batch):
-    "A function that takes one step on one batch; a `kind` that is not in `kinds` is SGD"
-    model, x, y = resnet18(), torch.randn(batch, 3, 32, 32), torch.randint(0, 10, (batch,))
+def step(net, kind, batch=None):
+    "A function that takes one step of `kind` on one batch; a `kind` that is not in the table is SGD"
+    make, (usual, *shape), kinds = nets[net]
+    model, x, y = make(), torch.randn(batch or usual, *shape), torch.randint(0, 10, (batch or usual,))
     opt = torch.optim.SGD(model.parameters(), bench.LR, momentum=0.9)
     def loss(): return F.cross_entropy(model(x), y)
     if kind not in kinds: gradient = lambda: loss().backward()
@@ -69,51 +118,59 @@ def step(kind, batch):
     return one
 
 
-def perturbed_share(kind):
+def perturbed_share(net, kind):
     "Of all weights"
+    make, _, kinds = nets[net]
     if kind not in kinds: return 0.
     if kinds[kind][2]: return .5
-    model = resnet18()
+    model = make()
     return sum(w.numel() for w in kinds[kind][0](model)) / sum(w.numel() for w in model.parameters())
 
 
-def predicted(kind):
+def predicted(net, kind):
+    make, (_, *shape), kinds = nets[net]
     if kind not in kinds: return 1.
-    stage = kinds[kind][1]
-    if stage is None: return 5 / 3
-    before = _work_before(resnet18(), (torch.randn(2, 3, 32, 32),))
-    return 2 - min(share for name, share in before.items() if int(name.split('.')[0]) >= stage)
+    first = kinds[kind][1]
+    if first is None: return 5 / 3
+    before = _work_before(make(), (torch.randn(2, *shape),))
+    return 2 - min(share for name, share in before.items() if int(name.split('.')[0]) >= first)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    parser.add_argument('--rounds', type=int, default=8)
-    parser.add_argument('--warmup', type=int, default=1)
-    parser.add_argument('--batch', type=int, default=32)
-    parser.add_argument('--threads', type=int, default=1)
-    parser.add_argument('--json', type=Path, metavar='OUT', help='write the numbers here')
-    args = parser.parse_args(argv)
-    if min(args.rounds, args.threads, args.batch, args.warmup + 1) < 1:
-        parser.error('--rounds, --threads and --batch must be at least 1, --warmup at least 0')
-    torch.set_num_threads(args.threads)
-    steps = {kind: step(kind, args.batch) for kind in ('SGD', 'SGD again', *kinds)}
-    times = bench.interleave(steps, args.rounds, args.warmup, torch.device('cpu'), bench.clocks['cpu'])
-    n = sum(w.numel() for w in resnet18().parameters())
-    what = (f'ResNet-18 for CIFAR, {n:,} parameters, batch {args.batch}, {args.threads} thread(s), processor time, '
-            f'{args.rounds} rounds, torch {torch.__version__}, float32')
+def measure(net, rounds, warmup, threads, batch=None):
+    make, (usual, *_), kinds = nets[net]
+    steps = {kind: step(net, kind, batch) for kind in ('SGD', 'SGD again', *kinds)}
+    times = bench.interleave(steps, rounds, warmup, torch.device('cpu'), bench.clocks['cpu'])
+    n = sum(w.numel() for w in make().parameters())
+    what = (f'{net}, {n:,} parameters, batch {batch or usual}, {threads} thread(s), processor time, {rounds} rounds, '
+            f'torch {torch.__version__}, float32')
     rows = [dict(method=kind, ms=1e3 * float(np.median(times[:, k])),
-                 predicted=predicted(kind), perturbed=perturbed_share(kind),
+                 predicted=predicted(net, kind), perturbed=perturbed_share(net, kind),
                  ratio=[float(q) for q in np.percentile(times[:, k] / times[:, 0], [25, 50, 75])])
             for k, kind in enumerate(steps)]
     print(what)
     for r in rows:
         low, mid, high = r['ratio']
         print(f"{r['method']:44}{r['ms']:8.0f} ms {mid:6.3f} ({low:.3f}-{high:.3f})  predicted {r['predicted']:.3f}")
+    return dict(net=net, what=what, rho=bench.RHO, lr=bench.LR, momentum=0.9, seed=0, warmup=warmup, rows=rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('--rounds', type=int, default=8)
+    parser.add_argument('--warmup', type=int, default=1)
+    parser.add_argument('--batch', type=int, help='default: 32 for the ResNet, 4 for the ViT')
+    parser.add_argument('--threads', type=int, default=1)
+    parser.add_argument('--net', choices=nets, action='append', help='default: all')
+    parser.add_argument('--json', type=Path, metavar='OUT', help='write the numbers here')
+    args = parser.parse_args(argv)
+    if min(args.rounds, args.threads, 1 if args.batch is None else args.batch, args.warmup + 1) < 1:
+        parser.error('--rounds, --threads and --batch must be at least 1, --warmup at least 0')
+    torch.set_num_threads(args.threads)
+    found = [measure(net, args.rounds, args.warmup, args.threads, args.batch) for net in args.net or nets]
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        about = dict(what=what, rho=bench.RHO, lr=bench.LR, momentum=0.9, seed=0, warmup=args.warmup)
-        args.json.write_text(json.dumps(dict(about, rows=rows), indent=1) + '\n')
-    return rows
+        args.json.write_text(json.dumps(found, indent=1) + '\n')
+    return found
 
 
 if __name__ == '__main__': main()

@@ -7,20 +7,22 @@ __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'co
            'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats', 'same_rng', 'same_hidden',
            'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params', 'shards', 'MSAM', 'fisher', 'top_mask',
            'moved_mask', 'Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask', 'TopGradMask', 'DSTMask', 'SSAM',
-           'Prefix', 'suffix_for']
+           'Prefix', 'suffix_for', 'sparse_backward']
 
-# %% ../nbs/30_all.ipynb #94d936c6
+# %% ../nbs/30_all.ipynb #c4d6b5fb
 from .landscape import *
 from .core import *
 from .data import digits, docstrings, noisy
 from .sam import *
 from .msam import *
+from .scores import *
 from .ssam import *
 from .reuse import *
+from .backprop import *
 
-# %% ../nbs/30_all.ipynb #2af80199
+# %% ../nbs/30_all.ipynb #b0711e62
 _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path',
          'descend', 'Frames', 'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats',
          'same_rng', 'same_hidden', 'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params',
          'shards', 'MSAM', 'fisher', 'top_mask', 'moved_mask', 'Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask',
-         'TopGradMask', 'DSTMask', 'SSAM', 'Prefix', 'suffix_for']
+         'TopGradMask', 'DSTMask', 'SSAM', 'Prefix', 'suffix_for', 'sparse_backward']

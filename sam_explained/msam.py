@@ -107,7 +107,7 @@ def _summed(loss_func):
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
     return 'sum' in (getattr(loss_func, 'reduction', None), getattr(loss_func, 'keywords', {}).get('reduction'))
 
-# %% ../nbs/04_msam.ipynb #eaf818c1
+# %% ../nbs/04_msam.ipynb #91e3b932
 @delegates()
 class MSAM(SAM):
     "SAM with a perturbation of its own for each shard of the batch; the gradient is the mean over the shards"
@@ -129,7 +129,9 @@ class MSAM(SAM):
         super().before_train()
         if self.train_iter == 0: self._most = 0
         self._whole, self._memory = None, {}
-        if self.vmap: _only_plain(self.model, self.loss_func)
+        if self.vmap:
+            self.prefix = None                         # all shards run at once, on copies of the weights
+            _only_plain(self.model, self.loss_func)
 
     def before_batch(self):
         "Show fastai the first shard only: its forward is that shard's first pass, so no forward is wasted"

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['SAM', 'norm_params']
 
-# %% ../nbs/03_sam.ipynb #730d1d13
+# %% ../nbs/03_sam.ipynb #892a7358
 from contextlib import ExitStack, nullcontext
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from .core import ascent, at_least, frozen_stats, perturbed, same_hidden, same_rng
+from .reuse import Prefix
 
 # %% ../nbs/03_sam.ipynb #5225b2da
 def _chosen(params, model):
@@ -33,7 +34,7 @@ def _sum_over_processes(grads, group):
     for work in [dist.all_reduce(g, group=group, async_op=True) for g in grads]: work.wait()
     return grads
 
-# %% ../nbs/03_sam.ipynb #f503e003
+# %% ../nbs/03_sam.ipynb #83ade00b
 class SAM(Callback):
     "Replace the gradient by the one at `w + eps` (Foret et al. 2021, Algorithm 1); any optimizer, precision and schedule"
     order, run_valid = MixedPrecision.order - 1, False
@@ -45,6 +46,7 @@ class SAM(Callback):
         params=None,    # what to perturb: None (all), a function model -> parameters (`norm_params`), or the parameters
         same_rng=True,  # draw the same dropout masks in both passes
         sync=False,     # several processes: True averages the ascent gradient over them (SAM of the global batch)
+        reuse=True,     # compute what comes before the first perturbed weight once (`Prefix`); same gradient
     ):
         if not callable(rho): at_least('rho', rho, 0)
         at_least('p', p, 1, finite=False), at_least('eta', eta, 0)
@@ -52,19 +54,25 @@ class SAM(Callback):
             raise TypeError(f'params={params!r} must be None, a function of the model, or an iterable of parameters')
         if not (params is None or callable(params)): params = list(params)
         store_attr()
-        self.gaps, self.new_gaps = [], []
+        self.gaps, self.new_gaps, self.prefix = [], [], None
 
     def before_fit(self):
         for h in self.opt.hypers: h.pop('rho', None)   # left over from an earlier fit with a schedule
+        self.prefix = None
 
     def before_train(self):
-        self.perturb = _chosen(self.params, self.model)
+        self._choose()
+        self._look_for_prefix()
         if self.train_iter == 0: self.gaps, self.new_gaps = [], []
+
+    def _choose(self): self.perturb = _chosen(self.params, self.model)
 
     def before_batch(self):
         "Remember where both passes start; callbacks that draw random numbers in `before_batch` need a lower `order`"
-        rng = same_rng(self.perturb[0].device) if self.same_rng else nullcontext()
+        self._forget()
+        rng = same_rng(first(self.model.parameters()).device) if self.same_rng else nullcontext()
         self.rewind = rng, same_hidden(self.model)
+        if self.prefix and self.prefix.skipped != 0: self.prefix.arm()
 
     def before_backward(self):
         clean = self.learn.loss, self.learn.pred
@@ -72,53 +80,81 @@ class SAM(Callback):
         finally: self.learn.loss, self.learn.pred = clean
         raise CancelBackwardException                  # fastai goes on to `before_step`
 
-    def _second_pass(self, share=1):
-        "Add `share` times the gradient at `w + eps` to `.grad`; returns by how much the loss is larger there"
-        weights, clean, (rng, hidden) = [w for w in self.perturb if w.requires_grad], self.learn.loss.detach(), self.rewind
-        with perturbed(weights, self._ascent(self._gradient(weights), weights)), frozen_stats(self.model), hidden, rng:
-            self._forward()
-            for cb in self._others(): cb('before_backward')
-            if share != 1: self.learn.loss_grad = share * self.learn.loss_grad
-            self.learn._backward()
-        return self.learn.loss.detach() - clean
-
-    def _gradient(self, weights):
-        "The gradient of the first pass with respect to `weights`; `.grad` is not touched"
-        loss = self.learn.loss_grad
-        scaler = getattr(self.learn, 'scaler', None)   # without the loss scale, half-precision gradients underflow
-        if scaler is not None: loss = scaler.scale(loss)
-        grads = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True) if weights else []
-        if self.sync and isinstance(self.model, DistributedDataParallel): grads = _sum_over_processes(grads, self.model.process_group)
-        return grads
-
-    def _ascent(self, grads, weights): return ascent(grads, self.radius(), weights, self.p, self.adaptive, self.eta)
-
-    def _others(self): return [cb for cb in self.learn.cbs.sorted('order') if cb is not self]
-
-    def _forward(self, model=None):
-        "Model and loss, with every event that other callbacks have between batch and backward"
-        learn, others = self.learn, self._others()
-        amp = first(cb for cb in others if isinstance(cb, MixedPrecision))
-        with ExitStack() as autocast:
-            if amp: autocast.enter_context(amp.autocast)
-            learn.pred = (learn.model if model is None else model)(*learn.xb)
-            for cb in others: cb('after_pred')
-            learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
-            learn.loss = learn.loss_grad.clone()
-            for cb in others: autocast.close() if cb is amp else cb('after_loss')
-
-    def radius(self):
-        "The current rho: the optimizer's hyper-parameter if a `ParamScheduler` has put it there, else `self.rho`"
-        rho = self.opt.hypers[-1].get('rho', self.rho)
-        return at_least('rho', rho(self.pct_train) if callable(rho) else rho, 0)
-
-    def after_batch(self): self.rewind = None
+    def after_batch(self): self._forget()
     def after_train(self): self._collect()
     def after_cancel_fit(self): self._collect()
+    def after_fit(self): self._forget()        # a batch, an epoch or the fit may have been cancelled before the forward
+    def _forget(self):
+        self.rewind = None
+        if self.prefix: self.prefix.disarm()
+
     def _collect(self):
         "One wait for the device per epoch, not one per step"
+        self._forget()
         if self.new_gaps: self.gaps += torch.stack(self.new_gaps).tolist()
         self.new_gaps, self.perturb = [], None
+
+# %% ../nbs/03_sam.ipynb #70fa2730
+@patch
+def _second_pass(self:SAM, share=1):
+    "Add `share` times the gradient at `w + eps` to `.grad`; returns by how much the loss is larger there"
+    weights, clean, (rng, hidden) = [w for w in self.perturb if w.requires_grad], self.learn.loss.detach(), self.rewind
+    reuse = self.prefix.second() if self.prefix and self.prefix.watch else nullcontext()
+    with perturbed(weights, self._ascent(self._gradient(weights), weights)), frozen_stats(self.model), hidden, rng:
+        with reuse: self._forward()
+        for cb in self._others(): cb('before_backward')
+        if share != 1: self.learn.loss_grad = share * self.learn.loss_grad
+        self.learn._backward()
+    return self.learn.loss.detach() - clean
+
+# %% ../nbs/03_sam.ipynb #35ce750d
+@patch
+def _gradient(self:SAM, weights, retain_graph=False):
+    "The gradient of the first pass with respect to `weights`; `.grad` is not touched"
+    loss = self.learn.loss_grad
+    scaler = getattr(self.learn, 'scaler', None)
+    if scaler is not None: loss = scaler.scale(loss)
+    how = dict(retain_graph=retain_graph, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(loss, weights, **how) if weights else []
+    together = self.sync and isinstance(self.model, DistributedDataParallel)
+    return _sum_over_processes(grads, self.model.process_group) if together else grads
+
+# %% ../nbs/03_sam.ipynb #e2ff9aee
+@patch
+def _ascent(self:SAM, grads, weights): return ascent(grads, self.radius(), weights, self.p, self.adaptive, self.eta)
+
+# %% ../nbs/03_sam.ipynb #07af3c24
+@patch
+def radius(self:SAM):
+    "The current rho: the optimizer's hyper-parameter if a `ParamScheduler` has put it there, else `self.rho`"
+    rho = self.opt.hypers[-1].get('rho', self.rho)
+    return at_least('rho', rho(self.pct_train) if callable(rho) else rho, 0)
+
+# %% ../nbs/03_sam.ipynb #4db3987d
+@patch
+def _forward(self:SAM, model=None):
+    "Model and loss, with every event that other callbacks have between batch and backward"
+    learn, others = self.learn, self._others()
+    amp = first(cb for cb in others if isinstance(cb, MixedPrecision))
+    with ExitStack() as autocast:
+        if amp: autocast.enter_context(amp.autocast)
+        learn.pred = (learn.model if model is None else model)(*learn.xb)
+        for cb in others: cb('after_pred')
+        learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
+        learn.loss = learn.loss_grad.clone()
+        for cb in others: autocast.close() if cb is amp else cb('after_loss')
+
+@patch
+def _others(self:SAM): return [cb for cb in self.learn.cbs.sorted('order') if cb is not self]
+
+# %% ../nbs/03_sam.ipynb #133dce82
+@patch
+def _look_for_prefix(self:SAM):
+    "If there may be work that both passes have in common, `prefix` is what finds it; else None"
+    weights = [w for w in self.perturb if w.requires_grad]
+    part = 0 < len(weights) < len(list(self.model.parameters()))
+    self.prefix = (self.prefix or Prefix(self.model, weights)) if self.reuse and part else None
+    if self.prefix: self.prefix.params, self.prefix.skipped = weights, None     # None: not known yet
 
 # %% ../nbs/03_sam.ipynb #17ae6530
 @patch

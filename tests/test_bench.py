@@ -98,3 +98,28 @@ def test_its_steps_see_each_row_twice_in_as_many_shards():
         finally: handle.remove()
         want = [8, 8] if n == 1 else [8 // n] * 2 * n if road == 'loop' else [8 // n] + [8 // n] * 2
         assert seen == want, (road, n, seen)
+
+
+# benchmarks/suffix.py ----------------------------------------------------------------------------------------------
+
+suffix_spec = importlib.util.spec_from_file_location('suffix_benchmark', path.with_name('suffix.py'))
+suffix = importlib.util.module_from_spec(suffix_spec)
+suffix_spec.loader.exec_module(suffix)
+
+
+def test_the_suffix_table_has_its_rows(tmp_path):
+    out = tmp_path / 'suffix.json'
+    found = suffix.main(f'--rounds 1 --warmup 0 --batch 2 --json {out}'.split())
+    assert json.loads(out.read_text()) == found and [f['net'] for f in found] == list(suffix.nets)
+    for f in found:
+        kinds = suffix.nets[f['net']][2]
+        assert [r['method'] for r in f['rows']] == ['SGD', 'SGD again', *kinds]
+        assert f['rows'][0]['ratio'] == [1, 1, 1] and all(r['ms'] > 0 for r in f['rows'])
+    predicted = {(f['net'], r['method']): r['predicted'] for f in found for r in f['rows']}
+    assert predicted['ResNet-18 for CIFAR', 'SAM'] == 2 and 1.24 < predicted['ResNet-18 for CIFAR', 'last stage'] < 1.25
+    assert 1.32 < predicted['ViT-S/16', 'last four blocks'] < 1.34
+
+
+def test_its_networks_have_the_known_size():
+    count = {net: sum(w.numel() for w in make().parameters()) for net, (make, *_) in suffix.nets.items()}
+    assert count == {'ResNet-18 for CIFAR': 11_173_962, 'ViT-S/16': 21_669_514}

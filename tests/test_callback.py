@@ -982,7 +982,8 @@ class Syncs(TorchDispatchMode):
         self.seen = []
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
-        if name in self.waits: self.seen.append(name)
+        dtypes = {t.dtype for t in args if torch.is_tensor(t)}
+        if name in self.waits and dtypes != {torch.uint8}: self.seen.append(name)   # bytes: states of generators, on the host
         by_mask = name.startswith('index') and any(getattr(t, 'dtype', None) == torch.bool for t in args[1])
         if name in ('index', 'index_put', 'index_put_') and by_mask:
             self.seen.append(f'{name} by a mask')

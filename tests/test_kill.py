@@ -16,6 +16,7 @@ import torch.distributed as dist
 from conftest import assert_same, batches, learner, mlp, snapshot
 from fastai.basics import SGD, Callback
 from fastai.callback.tracker import SaveModelCallback
+from processes import meet
 from reference import sam_gradient
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -66,8 +67,7 @@ def train(rank, folder, method, fault):
     "One process: first undisturbed, for comparison, then with the fault in process 1."
     folder = Path(folder)
     os.environ.update(RANK=str(rank), WORLD_SIZE='2')                        # what fastai asks for, as under torchrun
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2,
-                            timeout=datetime.timedelta(seconds=60))
+    meet(rank, 2, folder)
     whole = []
     make(rank, folder, method, AtStep(whole, save=False)).fit(EPOCHS)
     if rank == 0: torch.save(whole, folder / 'undisturbed.pt')

@@ -1,20 +1,22 @@
 """Two processes (gloo, CPU), a DDP model and its own data shard in each; every result against one process."""
-import datetime
-import traceback
+import multiprocessing
+import os
+import signal
+import time
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import batches, learner, mlp, snapshot
 from fastai.basics import SGD, Callback, CancelBatchException, CancelFitException
 from fastai.callback.training import GradientAccumulation, GradientClip
 from functools import partial
+from processes import in_processes
 from reference import sam_gradient
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-CE, RHO, WORLD, TIMEOUT = nn.CrossEntropyLoss(), .3, 2, 240
+CE, RHO, WORLD = nn.CrossEntropyLoss(), .3, 2
 sgd = partial(SGD, mom=.9)
 f64 = torch.float64
 
@@ -60,54 +62,57 @@ def scenarios():
     return res
 
 
-def run_all(rank, folder):
-    "One process: every scenario in turn; what it saw goes to a file."
+def run_all(rank):
+    "One process: every scenario in turn, and what it saw."
     seen = {}
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=WORLD,
-                            timeout=datetime.timedelta(seconds=60))
-    try:
-        for name, (cbs, make) in scenarios().items():
-            model = DDP(make(), find_unused_parameters=make is Spare)
-            reduced = [0]
-            def hook(state, bucket):
-                reduced[0] += 1
-                t = bucket.buffer().div_(WORLD)
-                return dist.all_reduce(t, async_op=True).get_future().then(lambda f: f.value()[0])
-            model.register_comm_hook(None, hook)
-            learn = learner(model, shard(rank), cbs, opt_func=sgd)
-            error = None
-            try: learn.fit(1)
-            except Exception as e: error = type(e).__name__
-            note = dict(error=error, sync=model.require_backward_grad_sync, buckets=reduced[0])
-            note['first'] = snapshot(model.module)
-            for p in model.parameters(): p.grad = None
-            learn.create_opt()
-            learn.fit(1)
-            note.update(second=snapshot(model.module), sync_at_end=model.require_backward_grad_sync)
-            if hasattr(learn, 'sam'): note['gaps'] = learn.sam.gaps
-            seen[name] = note
-        torch.save(seen, f'{folder}/rank{rank}.pt')
-        dist.barrier()
-    except BaseException:
-        with open(f'{folder}/error{rank}', 'w') as f: traceback.print_exc(file=f)
-        raise
-    finally: dist.destroy_process_group()
+    for name, (cbs, make) in scenarios().items():
+        model = DDP(make(), find_unused_parameters=make is Spare)
+        reduced = [0]
+        def hook(state, bucket):
+            reduced[0] += 1
+            t = bucket.buffer().div_(WORLD)
+            return dist.all_reduce(t, async_op=True).get_future().then(lambda f: f.value()[0])
+        model.register_comm_hook(None, hook)
+        learn = learner(model, shard(rank), cbs, opt_func=sgd)
+        error = None
+        try: learn.fit(1)
+        except Exception as e: error = type(e).__name__
+        note = dict(error=error, sync=model.require_backward_grad_sync, buckets=reduced[0])
+        note['first'] = snapshot(model.module)
+        for p in model.parameters(): p.grad = None
+        learn.create_opt()
+        learn.fit(1)
+        note.update(second=snapshot(model.module), sync_at_end=model.require_backward_grad_sync)
+        if hasattr(learn, 'sam'): note['gaps'] = learn.sam.gaps
+        seen[name] = note
+    return seen
+
+
+def fails(rank, how):
+    if rank == 0: dist.barrier()                                             # waits for the other until it is gone
+    if how == 'error': raise ValueError('on purpose')
+    if how == 'killed': os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+told = {'error': r'\Aprocess 1 of 2 failed:\nTraceback(.|\n)*ValueError: on purpose',
+        'killed': r'\Aprocess 1 of 2 failed:\nit ended with exit code -9',
+        'hangs': r'process \[0, 1\] of 2 did not end within 8 s'}
+
+
+@pytest.mark.parametrize('how', told)
+def test_a_process_that_fails_is_named(tmp_path, how):
+    "The helper of all these tests: an error is the first one's, and nobody is waited for or left behind."
+    start = time.monotonic()
+    with pytest.raises(AssertionError, match=told[how]):
+        in_processes(fails, 2, tmp_path, how, seconds=8 if how == 'hangs' else 120)
+    assert time.monotonic() - start < 50 and not multiprocessing.active_children()
 
 
 @pytest.fixture(scope='module')
 def seen(tmp_path_factory):
-    "Both processes' notes. They meet through a file, so no port can be taken; they are gone when this returns."
-    folder = tmp_path_factory.mktemp('ranks')
-    ctx = mp.spawn(run_all, args=(str(folder),), nprocs=WORLD, join=False)
-    try:
-        ends = datetime.datetime.now() + datetime.timedelta(seconds=TIMEOUT)
-        while not ctx.join(timeout=1):
-            if datetime.datetime.now() > ends: pytest.fail(f'the processes did not end within {TIMEOUT} s')
-    finally:
-        for p in ctx.processes:
-            if p.is_alive(): p.kill()
-            p.join()
-    return [torch.load(folder / f'rank{r}.pt', weights_only=False) for r in range(WORLD)]
+    "Both processes' notes."
+    return in_processes(run_all, WORLD, tmp_path_factory.mktemp('ranks'))
 
 
 def reference(make, synced, skip=(), adaptive=False, p=2, perturb=None, clip=None, n_acc=1):

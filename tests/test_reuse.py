@@ -4,10 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from conftest import same_bits
+from processes import in_processes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -83,7 +82,8 @@ class ViT(nn.Module):
 
 def mlp():
     nested = nn.Sequential(nn.Linear(8, 8), nn.Dropout(.4), nn.ReLU())
-    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nested, nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.Tanh(), nested, nn.Linear(8, 8), nn.Tanh(),
+                         nn.Linear(8, 3))
 
 
 def under(*names): return lambda m: [w for n in names for w in m.get_submodule(n).parameters()]
@@ -401,7 +401,8 @@ def test_checkpointing_with_the_backward_inside_the_second_pass():
         prefix, weights, again = Prefix(model, late(model)), late(model), same_rng()
         with prefix.first() if reuse else nullcontext(): loss = model(x).square().mean()
         eps = ascent(torch.autograd.grad(loss, weights), .5)
-        with perturbed(weights, eps), again, prefix.second() if reuse else nullcontext(): model(x).square().mean().backward()
+        with perturbed(weights, eps), again, prefix.second() if reuse else nullcontext():
+            model(x).square().mean().backward()
         return [w.grad for w in model.parameters()]
     assert same_bits(run(False), run(True))
 
@@ -529,10 +530,8 @@ def test_no_params(params):
 
 # Several processes ---------------------------------------------------------------------------------------------
 
-def in_process(rank, folder):
-    "Two steps of SAM with a perturbation of its own per process, in full and with reuse; saves what each leaves"
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=2)
+def in_process(rank):
+    "Two steps of SAM with a perturbation of its own per process, in full and with reuse, and what each leaves"
     found = {}
     for make, names in ((ResNet, ('layer3', 'fc')), (ViT, ('blocks.3', 'head'))):
         for reuse in (False, True):
@@ -544,10 +543,10 @@ def in_process(rank, folder):
             with warnings.catch_warnings(record=True) as told, Products() as work:
                 warnings.simplefilter('always')
                 for _ in range(2): ddp_step(model, x, weights, prefix if reuse else None)
-            found[make.__name__, reuse] = ([w.grad for w in net.parameters()] + [b.clone() for b in net.buffers()],
-                                           work.flops, [str(w.message) for w in told if 'runs in both' in str(w.message)])
-    torch.save(found, f'{folder}/{rank}.pt')
-    dist.destroy_process_group()
+            told = [str(w.message) for w in told if 'runs in both' in str(w.message)]
+            state = [w.grad for w in net.parameters()] + [b.clone() for b in net.buffers()]
+            found[make.__name__, reuse] = state, work.flops, told
+    return found
 
 
 def ddp_step(model, x, weights, prefix):
@@ -562,8 +561,7 @@ def ddp_step(model, x, weights, prefix):
 
 
 def test_two_processes(tmp_path):
-    mp.spawn(in_process, (str(tmp_path),), nprocs=2)
-    ranks = [torch.load(tmp_path / f'{r}.pt') for r in (0, 1)]
+    ranks = in_processes(in_process, 2, tmp_path)
     for found in ranks:
         for name in ('ResNet', 'ViT'):
             (full, work, _), (ours, less, told) = found[name, False], found[name, True]

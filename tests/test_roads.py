@@ -1,16 +1,14 @@
 """One theorem, four roads: a loop over shards, accumulated micro-batches, a list of closures, and several processes
 give the same weights. Each road's usual mistake, written out, does not."""
-import datetime
-import traceback
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from conftest import assert_same, batches, learner, mlp, snapshot
 from fastai.basics import SGD, Callback
 from fastai.callback.training import GradientAccumulation
+from processes import in_processes
 from reference import sam_gradient
 from torch import nn
 from torch.func import functional_call
@@ -21,7 +19,6 @@ from sam_explained.msam import MSAM
 from sam_explained.sam import SAM
 
 CE, RHO, LR, MOM, BS, STEPS = nn.CrossEntropyLoss(), .3, .1, .9, 16, 10
-TIMEOUT = 240
 sgd = partial(SGD, mom=MOM)
 
 
@@ -252,45 +249,22 @@ def by_hand(model, shard, counter, forward_too):
         counter.step()
 
 
-def run_all(rank, world, folder):
-    "One process: every scenario in turn, on its own shard of each batch; what it saw goes to a file."
+def run_all(rank, world):
+    "One process: every scenario in turn, on its own shard of each batch, and what it saw."
     scenarios = {'plain': [], 'SAM': [SAM(RHO)], 'SAM sync': [SAM(RHO, sync=True)], 'MSAM': [MSAM(2, RHO)],
                  'MSAM sync': [MSAM(2, RHO, sync=True)], 'no_sync around backward': False, 'no_sync around both': True}
-    dist.init_process_group('gloo', init_method=f'file://{folder}/meet', rank=rank, world_size=world,
-                            timeout=datetime.timedelta(seconds=60))
     seen, shard = {}, [cut(x, y, world)[rank] for x, y in data()]
-    try:
-        for name, cbs in scenarios.items():
-            model = DDP(mlp())
-            counter = Counter(model)
-            with counter:
-                if isinstance(cbs, bool): by_hand(model, shard, counter, forward_too=cbs)
-                else: learner(model, shard, [*cbs, Ticks(counter.step)], opt_func=sgd, lr=LR).fit(1)
-            seen[name], seen[name + ', counts'] = snapshot(model.module), counter.steps
-        torch.save(seen, f'{folder}/rank{rank}.pt')
-        dist.barrier()
-    except BaseException:
-        with open(f'{folder}/error{rank}', 'w') as f: traceback.print_exc(file=f)
-        raise
-    finally: dist.destroy_process_group()
+    for name, cbs in scenarios.items():
+        model = DDP(mlp())
+        counter = Counter(model)
+        with counter:
+            if isinstance(cbs, bool): by_hand(model, shard, counter, forward_too=cbs)
+            else: learner(model, shard, [*cbs, Ticks(counter.step)], opt_func=sgd, lr=LR).fit(1)
+        seen[name], seen[name + ', counts'] = snapshot(model.module), counter.steps
+    return seen
 
 
 @pytest.fixture(scope='module')
 def seen(tmp_path_factory):
-    "World size -> what each process noted. They meet through a file and are gone when this returns."
-    notes = {}
-    mp.get_context('forkserver').set_forkserver_preload(['sam_explained.msam'])     # imported once, not six times
-    for world in (2, 4):
-        folder = tmp_path_factory.mktemp(f'world{world}')
-        ctx = mp.start_processes(run_all, args=(world, str(folder)), nprocs=world, join=False,
-                                 start_method='forkserver')
-        try:
-            ends = datetime.datetime.now() + datetime.timedelta(seconds=TIMEOUT)
-            while not ctx.join(timeout=1):
-                if datetime.datetime.now() > ends: pytest.fail(f'{world} processes did not end within {TIMEOUT} s')
-        finally:
-            for p in ctx.processes:
-                if p.is_alive(): p.kill()
-                p.join()
-        notes[world] = [torch.load(folder / f'rank{r}.pt', weights_only=False) for r in range(world)]
-    return notes
+    "World size -> what each process noted."
+    return {world: in_processes(run_all, world, tmp_path_factory.mktemp(f'world{world}'), world) for world in (2, 4)}
