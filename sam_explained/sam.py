@@ -34,7 +34,7 @@ def _sum_over_processes(grads, group):
     for work in [dist.all_reduce(g, group=group, async_op=True) for g in grads]: work.wait()
     return grads
 
-# %% ../nbs/03_sam.ipynb #83ade00b
+# %% ../nbs/03_sam.ipynb #9694c3bd
 class SAM(Callback):
     "Replace the gradient by the one at `w + eps` (Foret et al. 2021, Algorithm 1); any optimizer, precision and schedule"
     order, run_valid = MixedPrecision.order - 1, False
@@ -72,7 +72,7 @@ class SAM(Callback):
         self._forget()
         rng = same_rng(first(self.model.parameters()).device) if self.same_rng else nullcontext()
         self.rewind = rng, same_hidden(self.model)
-        if self.prefix and self.prefix.skipped != 0: self.prefix.arm()
+        self._arm()
 
     def before_backward(self):
         clean = self.learn.loss, self.learn.pred
@@ -94,22 +94,9 @@ class SAM(Callback):
         if self.new_gaps: self.gaps += torch.stack(self.new_gaps).tolist()
         self.new_gaps, self.perturb = [], None
 
-# %% ../nbs/03_sam.ipynb #70fa2730
+# %% ../nbs/03_sam.ipynb #7ed31d3a
 @patch
-def _second_pass(self:SAM, share=1):
-    "Add `share` times the gradient at `w + eps` to `.grad`; returns by how much the loss is larger there"
-    weights, clean, (rng, hidden) = [w for w in self.perturb if w.requires_grad], self.learn.loss.detach(), self.rewind
-    reuse = self.prefix.second() if self.prefix and self.prefix.watch else nullcontext()
-    with perturbed(weights, self._ascent(self._gradient(weights), weights)), frozen_stats(self.model), hidden, rng:
-        with reuse: self._forward()
-        for cb in self._others(): cb('before_backward')
-        if share != 1: self.learn.loss_grad = share * self.learn.loss_grad
-        self.learn._backward()
-    return self.learn.loss.detach() - clean
-
-# %% ../nbs/03_sam.ipynb #35ce750d
-@patch
-def _gradient(self:SAM, weights, retain_graph=False):
+def _gradient(self:SAM, weights, retain_graph=False): # True if a subclass needs the graph again
     "The gradient of the first pass with respect to `weights`; `.grad` is not touched"
     loss = self.learn.loss_grad
     scaler = getattr(self.learn, 'scaler', None)
@@ -130,6 +117,20 @@ def radius(self:SAM):
     rho = self.opt.hypers[-1].get('rho', self.rho)
     return at_least('rho', rho(self.pct_train) if callable(rho) else rho, 0)
 
+# %% ../nbs/03_sam.ipynb #9bb1ee87
+@patch
+def _second_pass(self:SAM, share=1):
+    "Add `share` times the gradient at `w + eps` to `.grad`; returns by how much the loss is larger there"
+    weights, clean = [w for w in self.perturb if w.requires_grad], self.learn.loss.detach()
+    rng, hidden = self.rewind
+    reuse = self.prefix.second() if self.prefix and self.prefix.watch else nullcontext()
+    with perturbed(weights, self._ascent(self._gradient(weights), weights)), frozen_stats(self.model), hidden, rng:
+        with reuse: self._forward()
+        for cb in self._others(): cb('before_backward')
+        if share != 1: self.learn.loss_grad = share * self.learn.loss_grad
+        self.learn._backward()
+    return self.learn.loss.detach() - clean
+
 # %% ../nbs/03_sam.ipynb #4db3987d
 @patch
 def _forward(self:SAM, model=None):
@@ -147,7 +148,7 @@ def _forward(self:SAM, model=None):
 @patch
 def _others(self:SAM): return [cb for cb in self.learn.cbs.sorted('order') if cb is not self]
 
-# %% ../nbs/03_sam.ipynb #133dce82
+# %% ../nbs/03_sam.ipynb #3a067a60
 @patch
 def _look_for_prefix(self:SAM):
     "If there may be work that both passes have in common, `prefix` is what finds it; else None"
@@ -155,6 +156,11 @@ def _look_for_prefix(self:SAM):
     part = 0 < len(weights) < len(list(self.model.parameters()))
     self.prefix = (self.prefix or Prefix(self.model, weights)) if self.reuse and part else None
     if self.prefix: self.prefix.params, self.prefix.skipped = weights, None     # None: not known yet
+
+@patch
+def _arm(self:SAM):
+    "Let the first pass be watched, unless an earlier batch of this epoch has shown that there is nothing to save"
+    if self.prefix and self.prefix.skipped != 0: self.prefix.arm()
 
 # %% ../nbs/03_sam.ipynb #17ae6530
 @patch

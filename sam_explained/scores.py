@@ -11,7 +11,7 @@ from numbers import Real
 from fastai.basics import *
 from .core import frozen_stats, same_hidden
 
-# %% ../nbs/04b_scores.ipynb #f411a2de
+# %% ../nbs/04b_scores.ipynb #278c4574
 def fisher(
     model,        # a module; it is run in eval mode, and comes back as it was
     loss_func,    # loss of a batch, the mean over its rows of a negative log-likelihood
@@ -23,6 +23,8 @@ def fisher(
     own = dict(model.named_parameters())
     names = {w: k for k, w in own.items()}
     params = list(own.values()) if params is None else list(params)
+    if any(w not in names for w in params): raise ValueError('params: not all of them are parameters of the model')
+    if not len(xs[0]): raise ValueError('xs has no rows')
     with _as_found(model), torch.no_grad():
         try: return _fisher_at_once(model, loss_func, xs, ys, {names[w]: w.detach() for w in params})
         except (RuntimeError, NotImplementedError): pass         # no vmap or no memory: what the error holds is free now
@@ -73,7 +75,7 @@ def _check_pattern(pattern):
     if not 1 <= n <= m: raise ValueError(f'pattern={pattern!r} keeps N of M neighbours: N must be in [1, M]')
     return n, m
 
-# %% ../nbs/04b_scores.ipynb #e3bc71d3
+# %% ../nbs/04b_scores.ipynb #0658d080
 def top_mask(
     scores,                 # one tensor of scores per weight tensor; the larger, the sooner perturbed
     sparsity=0.5,           # share $s$ of the weights that are not perturbed, in [0, 1)
@@ -83,6 +85,7 @@ def top_mask(
     "Masks, a bool tensor like each of `scores`: True where the weight is to be perturbed. Ties are broken by position"
     _check_sparsity(sparsity)
     if dim not in (0, 1): raise ValueError(f'dim={dim!r} must be 0 or 1')
+    if any(s.isnan().any() for s in scores): raise ValueError('scores must not be NaN; has the training diverged?')
     if nm := _check_pattern(pattern): return [_keep_n_of_m(s, *nm, dim) for s in scores]
     count = round((1 - sparsity) * sum(s.numel() for s in scores))
     if pattern == 'unstructured': return _keep_largest(scores, count)

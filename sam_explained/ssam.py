@@ -159,14 +159,14 @@ class DSTMask(TopGradMask):
         share = self.drop * (1 + math.cos(math.pi * ssam.epoch / ssam.n_epoch)) / 2
         return moved_mask(old, self.scores(ssam, weights), share, generator)
 
-# %% ../nbs/05_ssam.ipynb #fec5d80c
+# %% ../nbs/05_ssam.ipynb #627d6850
 @delegates()
 class SSAM(SAM):
     "SAM that perturbs only where a mask allows it, eq. (1); the step is taken with the gradient of all weights"
     def __init__(self,
         mask,           # `FisherMask`, `DSTMask`, `RandomMask`, `MagnitudeMask`, `TopGradMask` or another `Mask`
         rho=0.05,       # radius $\rho\ge0$, as in `SAM`
-        renorm=False,   # True: normalise after masking, to the length `rho`; False: before, as in the paper
+        renorm=False,   # True: normalise after masking, to the length `rho`; False: before, as in the authors' code
         implicit=False, # True: perturb all, along a gradient that came back through masked weights (`sparse_backward`)
         **kwargs
     ):
