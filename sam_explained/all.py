@@ -7,9 +7,10 @@ __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'co
            'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats', 'same_rng', 'same_hidden',
            'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params', 'shards', 'MSAM', 'fisher', 'top_mask',
            'moved_mask', 'Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask', 'TopGradMask', 'DSTMask', 'SSAM',
-           'Prefix', 'suffix_for', 'sparse_backward']
+           'Prefix', 'suffix_for', 'sparse_backward', 'with_ids', 'track_ids', 'forget_ids', 'History',
+           'trajectory_loss', 'PastTerm', 'SAF', 'warm_decay', 'MeanTeacher', 'MESA']
 
-# %% ../nbs/30_all.ipynb #c4d6b5fb
+# %% ../nbs/30_all.ipynb #c23cfe98
 from .landscape import *
 from .core import *
 from .data import digits, docstrings, noisy
@@ -19,10 +20,15 @@ from .scores import *
 from .ssam import *
 from .reuse import *
 from .backprop import *
+from .history import *
+from .saf import *
+from .mesa import *
 
-# %% ../nbs/30_all.ipynb #b0711e62
+# %% ../nbs/30_all.ipynb #47915e3d
 _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path',
          'descend', 'Frames', 'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats',
          'same_rng', 'same_hidden', 'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params',
          'shards', 'MSAM', 'fisher', 'top_mask', 'moved_mask', 'Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask',
-         'TopGradMask', 'DSTMask', 'SSAM', 'Prefix', 'suffix_for', 'sparse_backward']
+         'TopGradMask', 'DSTMask', 'SSAM', 'Prefix', 'suffix_for', 'sparse_backward',
+         'with_ids', 'track_ids', 'forget_ids', 'History', 'trajectory_loss', 'PastTerm', 'SAF', 'warm_decay',
+         'MeanTeacher', 'MESA']
