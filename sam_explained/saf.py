@@ -30,7 +30,7 @@ def trajectory_loss(
     if weight is not None: kl = kl * weight
     return kl.mean() * (tau**2 if tau_sq else 1)
 
-# %% ../nbs/06_saf.ipynb #42f623b0
+# %% ../nbs/06_saf.ipynb #6d83cea8
 class PastTerm(Callback):
     "Adds `lam` times `trajectory_loss` to the loss; a subclass defines `past()`: logits of the past, and their weights"
     order = MixedPrecision.order - 5       # before accumulation divides the loss
@@ -44,7 +44,8 @@ class PastTerm(Callback):
 
     def before_fit(self):
         self.finding = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
-        if 'kl' not in self.learn.metrics.attrgot('name'): self.learn.metrics = self.learn.metrics + L(_MeanKL(self))
+        PastTerm.after_fit(self)                       # an interrupted fit may have left a column, of another callback even
+        self.learn.metrics = self.learn.metrics + L(_MeanKL(self))
 
     def before_train(self): self.kls = []
     def before_batch(self): self.asked = None

@@ -253,6 +253,21 @@ def test_not_a_classification(model, data, told):
     assert_same(before, snapshot(model))
 
 
+def test_the_column_is_that_of_the_callback_that_runs():
+    "After an interrupted fit with one callback, a fit with another"
+    class Stop(Callback):
+        def before_batch(self):
+            if self.training and self.train_iter == 2: raise KeyboardInterrupt
+    learn = learner(mlp(f32), batches(dtype=f32), [MESA(start=0), Stop()], recorder=True)
+    with pytest.raises(KeyboardInterrupt): learn.fit(1)
+    learn.remove_cbs([learn.stop, learn.mesa])
+    learn.add_cb(MESA(start=0))
+    learn.fit(1)
+    assert list(learn.recorder.metric_names).count('kl') == 1
+    kl = learn.recorder.values[-1][learn.recorder.metric_names.index('kl') - 1]
+    assert kl == pytest.approx(torch.stack(learn.mesa.kls).mean().item())
+
+
 def test_interrupted_and_exported():
     class Stop(Callback):
         def before_batch(self):
