@@ -10,7 +10,7 @@ __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'co
            'Prefix', 'suffix_for', 'sparse_backward', 'with_ids', 'track_ids', 'forget_ids', 'History',
            'trajectory_loss', 'PastTerm', 'SAF', 'warm_decay', 'MeanTeacher', 'MESA']
 
-# %% ../nbs/30_all.ipynb #c23cfe98
+# %% ../nbs/30_all.ipynb #a4aff815
 from .landscape import *
 from .core import *
 from .data import digits, docstrings, noisy
@@ -20,6 +20,7 @@ from .scores import *
 from .ssam import *
 from .reuse import *
 from .backprop import *
+from .ids import *
 from .history import *
 from .saf import *
 from .mesa import *

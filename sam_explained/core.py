@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats', 'same_rng', 'same_hidden', 'two_pass']
 
-# %% ../nbs/01_core.ipynb #cd70c691
+# %% ../nbs/01_core.ipynb #5206ad9b
 from contextlib import contextmanager
 from functools import reduce
 from inspect import signature
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 import signal
 import threading
 import torch
 
-# %% ../nbs/01_core.ipynb #cc850d42
-def at_least(name, value, low, finite=True):
-    "Return `value` if it is a real number from `low` upwards; the error names the argument, the value and the range"
-    allowed = f"a number in [{low}, inf{')' if finite else ']'}"
-    if isinstance(value, bool) or not isinstance(value, Real): raise TypeError(f'{name}={value!r} must be {allowed}')
+# %% ../nbs/01_core.ipynb #2bb9738d
+def at_least(name, value, low, finite=True, whole=False):
+    "Return `value` if it is a number (`whole`: an int) from `low` up; the error names the argument, the value and the range"
+    allowed = f'an int from {low} up' if whole else f"a number in [{low}, inf{')' if finite else ']'}"
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real): raise TypeError(f'{name}={value!r} must be {allowed}')
     if not low <= value or (finite and value == inf): raise ValueError(f'{name}={value!r} must be {allowed}')
     return value
 

@@ -5,25 +5,19 @@
 # %% auto #0
 __all__ = ['shards', 'MSAM']
 
-# %% ../nbs/04_msam.ipynb #5f63b658
+# %% ../nbs/04_msam.ipynb #00c0d750
 from collections.abc import Mapping
 from itertools import accumulate, takewhile
 from math import ceil
-from numbers import Integral, Number
+from numbers import Number
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from torch.nn.parallel import DistributedDataParallel
 from fastai.basics import *
 from fastai.callback.mixup import MixHandler
 from fastai.callback.training import GradientAccumulation
-from .core import frozen_stats, same_hidden
+from .core import at_least, frozen_stats, same_hidden
 from .sam import *
-
-# %% ../nbs/04_msam.ipynb #46ad4ba1
-def _check_count(name, value):
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f'{name}={value!r} must be an int in [1, number of rows of the batch]')
-    if value < 1: raise ValueError(f'{name}={value!r} must be an int in [1, number of rows of the batch]')
 
 # %% ../nbs/04_msam.ipynb #436638c4
 def _tensors(x):
@@ -54,14 +48,14 @@ def _cut(batch, n, rows, level=0):
     ends = [0, *accumulate(rows // n + (j < rows % n) for j in range(n))]
     return [_slice(batch, a, b, rows, level=level) for a, b in zip(ends, ends[1:])]
 
-# %% ../nbs/04_msam.ipynb #6c0e130e
+# %% ../nbs/04_msam.ipynb #fa77eda5
 def shards(
     batch,     # tensors, or tuples, lists and dicts of them, rows along the first dimension; numbers and `None` go to every shard
     n,         # how many, an int from 1 to the number of rows
     rows=None, # how many rows `batch` has; `None`: as many as its first tensor
 ):
     "Cut a batch into a list of `n` shards, consecutive rows whose numbers differ by at most one, the larger ones first"
-    _check_count('n', n)
+    at_least('n', n, 1, whole=True)
     if rows is None and not _tensors(batch): raise ValueError('batch holds no tensor with rows; give rows=, how many it has')
     rows = len(_tensors(batch)[0]) if rows is None else rows
     if n > rows: raise ValueError(f'n={n} shards need at least as many rows, but the batch has {rows}')
@@ -107,7 +101,7 @@ def _summed(loss_func):
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
     return 'sum' in (getattr(loss_func, 'reduction', None), getattr(loss_func, 'keywords', {}).get('reduction'))
 
-# %% ../nbs/04_msam.ipynb #91e3b932
+# %% ../nbs/04_msam.ipynb #01fce3b9
 @delegates()
 class MSAM(SAM):
     "SAM with a perturbation of its own for each shard of the batch; the gradient is the mean over the shards"
@@ -119,7 +113,7 @@ class MSAM(SAM):
         **kwargs
     ):
         for name, value in (('n_shards', n_shards), ('shard_size', shard_size)):
-            if value is not None: _check_count(name, value)
+            if value is not None: at_least(name, value, 1, whole=True)
         if n_shards and shard_size: raise ValueError(f'n_shards={n_shards} and shard_size={shard_size}: give one of the two')
         super().__init__(rho, **kwargs)
         self.n_shards, self.shard_size, self.vmap = n_shards or (None if shard_size else 4), shard_size, vmap

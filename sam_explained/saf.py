@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['trajectory_loss', 'PastTerm', 'SAF']
 
-# %% ../nbs/06_saf.ipynb #0ad6cb10
-from numbers import Integral
+# %% ../nbs/06_saf.ipynb #0f2c8bec
 from fastai.basics import *
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.progress import *
 from fastai.callback.schedule import LRFinder
 from .core import at_least
-from .history import History, forget_ids, track_ids, with_ids
+from .history import History
+from .ids import forget_ids, track_ids, with_ids
 
 # %% ../nbs/06_saf.ipynb #db54fcc0
 def trajectory_loss(
@@ -30,7 +30,7 @@ def trajectory_loss(
     if weight is not None: kl = kl * weight
     return kl.mean() * (tau**2 if tau_sq else 1)
 
-# %% ../nbs/06_saf.ipynb #6d83cea8
+# %% ../nbs/06_saf.ipynb #c51e1de5
 class PastTerm(Callback):
     "Adds `lam` times `trajectory_loss` to the loss; a subclass defines `past()`: logits of the past, and their weights"
     order = MixedPrecision.order - 5       # before accumulation divides the loss
@@ -38,7 +38,7 @@ class PastTerm(Callback):
     def __init__(self, lam, tau, start, tau_sq):
         at_least('lam', lam, 0), at_least('tau', tau, 0)
         if tau == 0: raise ValueError(f'tau={tau!r} must be a number above 0')
-        _check_epochs('start', start, 0)
+        at_least('start', start, 0, whole=True)
         store_attr()
         self.kls, self.asked = [], None
 
@@ -51,12 +51,11 @@ class PastTerm(Callback):
     def before_batch(self): self.asked = None
 
     def after_loss(self):
-        active = self.epoch >= self.start and self.lam > 0 and not self.finding
+        _check_classes(self.pred, self.yb)             # from the first batch on, long before the term counts
+        active = self.epoch >= self.start and self.lam > 0
         if self.finding or not (active or self.always): return
         new = self.asked is None or self.asked[0] is not self.learn.xb     # not so in the second pass of `SAM`
-        if new:
-            _check_classes(self.pred, self.yb)
-            self.asked = self.learn.xb, *self.past()
+        if new: self.asked = self.learn.xb, *self.past()
         if not active: return
         kl = trajectory_loss(self.pred, self.asked[1], self.tau, self.asked[2], self.tau_sq)
         if new: self.kls.append(kl.detach())
@@ -65,15 +64,11 @@ class PastTerm(Callback):
     def after_batch(self): self.asked = None
     def after_fit(self): self.learn.metrics = self.learn.metrics.filter(lambda m: not isinstance(m, _MeanKL))
 
-# %% ../nbs/06_saf.ipynb #3cfeeb14
+# %% ../nbs/06_saf.ipynb #f90e4c6c
 @patch
 def _groups(self:PastTerm):
     "Where the optimizer keeps its hyper-parameters: what is put there travels with `learn.save` and `learn.load`"
     return self.opt.opt.param_groups if isinstance(self.opt, OptimWrapper) else self.opt.hypers
-
-def _check_epochs(name, value, low):
-    if isinstance(value, bool) or not isinstance(value, Integral): raise TypeError(f'{name}={value!r} must be an int from {low} up')
-    if value < low: raise ValueError(f'{name}={value!r} must be an int from {low} up')
 
 def _check_classes(pred, yb):
     "An error if the outputs are not the logits of one class per row"
@@ -93,7 +88,7 @@ class _MeanKL(Metric):
     @property
     def value(self): return torch.stack(self.cb.kls).mean().item() if self.cb.kls else math.nan
 
-# %% ../nbs/06_saf.ipynb #fb863e1e
+# %% ../nbs/06_saf.ipynb #c8463d29
 class SAF(PastTerm):
     "Add `lam` times the KL divergence from one's own outputs `lag` epochs ago (Du et al. 2022, Algorithm 1)"
     always = True
@@ -107,7 +102,7 @@ class SAF(PastTerm):
         folder=None,         # where the table goes if it does not fit into memory; see `History`
     ):
         super().__init__(lam, tau, start, tau_sq)
-        _check_epochs('lag', lag, 1)
+        at_least('lag', lag, 1, whole=True)
         if start < lag: raise ValueError(f'start={start!r} must be at least lag={lag!r}: there is no older past')
         self.lag, self.dtype, self.folder, self.history = lag, dtype, folder, None
 
@@ -156,11 +151,13 @@ def _begin(self:SAF, pred):
     elif saved and saved['logits'] is not self.history.logits: self.history.load_state_dict(saved)
     group['saf'], self.begun = self.history.state_dict(), True
 
-# %% ../nbs/06_saf.ipynb #5c6c6cbf
-@patch
-def memory(self:SAF,
-    n,       # rows of the training set
-    classes, # number of classes
+# %% ../nbs/06_saf.ipynb #bccfa707
+@patch(cls_method=True)
+def memory(cls:SAF,
+    n,                   # rows of the training set
+    classes,             # number of classes
+    lag=3,               # $\tilde E$, epochs that are kept
+    dtype=torch.float16, # of the table
 ):
-    "Bytes that the table of `n` rows will take: logits of `lag` epochs, and a stamp for each"
-    return History.memory(n, classes, self.lag, self.dtype)
+    "Bytes that the table of `n` rows will take: logits of `lag` epochs, and a stamp for each; before a fit, `SAF.memory(n, classes)`"
+    return History.memory(n, classes, lag, dtype)

@@ -5,26 +5,21 @@
 # %% auto #0
 __all__ = ['Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask', 'TopGradMask', 'moved_mask', 'DSTMask', 'SSAM']
 
-# %% ../nbs/05_ssam.ipynb #f692f089
+# %% ../nbs/05_ssam.ipynb #2d1a7307
 from functools import partial
-from numbers import Integral, Real
+from numbers import Real
 import random
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from fastai.basics import *
 from .backprop import sparse_backward
-from .core import ascent
+from .core import ascent, at_least
 from .reuse import _NextCall, _opaque
 from .sam import *
 from .scores import *
 from .scores import _as_found, _check_pattern, _check_sparsity
 
-# %% ../nbs/05_ssam.ipynb #3707b1b3
-def _check_int(name, value):
-    if isinstance(value, bool) or not isinstance(value, Integral): raise TypeError(f'{name}={value!r} must be an int from 1 up')
-    if value < 1: raise ValueError(f'{name}={value!r} must be an int from 1 up')
-
-# %% ../nbs/05_ssam.ipynb #bc86c36e
+# %% ../nbs/05_ssam.ipynb #9075d5ff
 class Mask:
     "Base of the masks of `SSAM`: a subclass defines `scores(ssam, weights)`; the larger, the sooner perturbed"
     def __init__(self,
@@ -33,7 +28,7 @@ class Mask:
         pattern='unstructured', # see `top_mask`
         seed=0,                 # for what is drawn at random: samples, chance
     ):
-        _check_sparsity(sparsity), _check_pattern(pattern), _check_int('every', every)
+        _check_sparsity(sparsity), _check_pattern(pattern), at_least('every', every, 1, whole=True)
         self.sparsity, self.every, self.pattern, self.seed = sparsity, every, pattern, seed
 
     def generator(self, ssam):
@@ -55,7 +50,7 @@ class MagnitudeMask(Mask):
     "The weights that are largest in absolute value"
     def scores(self, ssam, weights): return [w.detach().abs() for w in weights]
 
-# %% ../nbs/05_ssam.ipynb #22a60a94
+# %% ../nbs/05_ssam.ipynb #6310d078
 class FisherMask(Mask):
     "SSAM-F (Mi et al. 2022): the weights with the largest `fisher` information in a sample of the training set"
     def __init__(self,
@@ -66,7 +61,7 @@ class FisherMask(Mask):
         seed=0,                 # decides which rows
     ):
         super().__init__(sparsity, every, pattern, seed)
-        _check_int('n_samples', n_samples)
+        at_least('n_samples', n_samples, 1, whole=True)
         self.n_samples = n_samples
 
     def scores(self, ssam, weights):

@@ -123,3 +123,35 @@ def test_the_suffix_table_has_its_rows(tmp_path):
 def test_its_networks_have_the_known_size():
     count = {net: sum(w.numel() for w in make().parameters()) for net, (make, *_) in suffix.nets.items()}
     assert count == {'ResNet-18 for CIFAR': 11_173_962, 'ViT-S/16': 21_669_514}
+
+
+# benchmarks/past.py ------------------------------------------------------------------------------------------------
+
+past_spec = importlib.util.spec_from_file_location('past_benchmark', path.with_name('past.py'))
+past = importlib.util.module_from_spec(past_spec)
+past_spec.loader.exec_module(past)
+
+
+def test_the_past_table_has_its_rows(tmp_path):
+    out = tmp_path / 'past.json'
+    found = past.main(f'--rounds 1 --warmup 0 --batch 4 --json {out}'.split())
+    assert json.loads(out.read_text()) == found and [r['method'] for r in found['rows']] == list(past.methods)
+    assert found['rows'][0]['ratio'] == [1, 1, 1] and all(r['ms'] > 0 for r in found['rows'])
+
+
+@pytest.mark.parametrize('name, passes', [('SGD', (1, 0)), ('SAF', (1, 0)), ('MESA', (1, 1)), ('SAM', (2, 0))])
+def test_the_past_costs_the_passes_it_says(name, passes):
+    "Forwards in training and in evaluation mode; from the second epoch on the term is there for every row"
+    learn, seen = past.learner(name, 4), []
+    if name == 'SAF': assert (learn.saf.history.read(torch.arange(16), 1)[1] == 1).all()
+    turns = past.steps(learn)
+    for _ in range(2): next(turns)
+    def note(module, args, out):
+        if type(module) is nn.Linear: seen.append((module.training, torch.is_grad_enabled()))
+    handle = register_module_forward_hook(note)
+    try: next(turns)
+    finally: handle.remove()
+    assert (seen.count((True, True)), seen.count((False, False)), len(seen)) == (*passes, sum(passes))
+    if name in ('SAF', 'MESA'):
+        kls = getattr(learn, name.lower()).kls
+        assert len(kls) == 3 and min(kls) > 0

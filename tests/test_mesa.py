@@ -7,10 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CPUMixedPrecision, assert_close, assert_same, batches, learner, mlp, snapshot
-from fastai.basics import SGD, Callback, OptimWrapper
+from fastai.basics import SGD, Callback, CrossEntropyLossFlat, OptimWrapper
+from fastai.callback.mixup import MixUp
+from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation, GradientClip
 from hypothesis import given, strategies as st
 from processes import in_processes
+from reference import sam_gradient
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,7 +34,8 @@ def term(z, past, tau):
     return (p * (p / q).log()).sum() / len(z)
 
 
-def mesa_train(model, data, lam=.8, tau=5., decay=.9998, start=0, epochs=1, n_acc=None, rho=None, lr=.1, start_epoch=0):
+def mesa_train(model, data, lam=.8, tau=5., decay=.9998, start=0, epochs=1, n_acc=None, rho=None, lr=.1, start_epoch=0,
+               smooth=0.):
     "The definition, with the weights of the teacher as a plain list; SAM if there is a rho"
     import copy
     opt = torch.optim.SGD(model.parameters(), lr=lr, momentum=.9)
@@ -40,24 +44,12 @@ def mesa_train(model, data, lam=.8, tau=5., decay=.9998, start=0, epochs=1, n_ac
         model.train()
         for x, y in data:
             with torch.no_grad(): past = teacher(x)
-            def loss():
-                z = model(x)
-                return F.cross_entropy(z, y) + (lam * term(z, past, tau) if epoch >= start else 0)
-            total = loss()
-            if rho:
-                g = torch.autograd.grad(total, list(model.parameters()))
-                norm = math.sqrt(sum(float((o ** 2).sum()) for o in g))
-                home = [w.detach().clone() for w in model.parameters()]
-                buffers = [b.clone() for b in model.buffers()]
-                with torch.no_grad():
-                    for w, o in zip(model.parameters(), g): w += rho / norm * o
-                total = loss()
+            def loss(call):
+                z = call(x)
+                return F.cross_entropy(z, y, label_smoothing=smooth) + (lam * term(z, past, tau) if epoch >= start else 0)
+            g = sam_gradient(model, loss, rho)[0] if rho else torch.autograd.grad(loss(model), list(model.parameters()))
             share = len(y) / n_acc if n_acc else 1.
-            (share * total).backward()
-            if rho:
-                with torch.no_grad():
-                    for w, h in zip(model.parameters(), home): w.copy_(h)
-                    for b, o in zip(model.buffers(), buffers): b.copy_(o)
+            for w, o in zip(model.parameters(), g): w.grad = share * o + (0 if w.grad is None else w.grad)
             count += len(y)
             if n_acc and count < n_acc: continue
             count = 0
@@ -89,6 +81,41 @@ def test_the_square_of_tau():
     learner(model, batches(), MESA(.8, 3., start=0, tau_sq=True), opt_func=sgd).fit(2)
     mesa_train(ref, batches(), .8 * 9, 3., epochs=2)
     assert_close(model, ref)
+
+
+def test_label_smoothing():
+    a, b, data = mlp(), mlp(), batches()
+    learner(a, data, MESA(lam=3., start=0), opt_func=sgd, loss_func=nn.CrossEntropyLoss(label_smoothing=.2)).fit(2)
+    mesa_train(b, data, lam=3., epochs=2, smooth=.2)
+    assert_close(a, b)
+
+
+def test_mixtures_are_asked_as_they_are():
+    "What the teacher gets is the mixed batch itself"
+    seen = []
+    class Look(Callback):
+        order, run_valid = 40, False
+        def after_loss(self):
+            z, past = self.pred, self.mesa.teacher.model(self.xb[0])
+            seen.append((self.loss_grad - self.loss - 3 * term(z, past, 5.)).abs().item())
+    learner(mlp(f32), batches(dtype=f32), [MESA(lam=3., start=0), MixUp(), Look()],
+            loss_func=CrossEntropyLossFlat()).fit(2)
+    assert len(seen) == 8 and max(seen) < 1e-6
+
+
+def test_looking_for_a_learning_rate(tmp_path):
+    "The term is off, weights and average come back, and the fit after it is the one without it"
+    def fresh(*cbs, **kw): return learner(mlp(f32), batches(dtype=f32), cbs, recorder=True, path=tmp_path, **kw)
+    plain, ours, other = fresh(), fresh(MESA(lam=3., start=0)), fresh(MESA(lam=3., start=0))
+    found = []
+    for learn in (plain, ours):
+        learn.lr_find(num_it=12, show_plot=False, suggest_funcs=())
+        found.append(learn.recorder.losses)
+    assert torch.equal(*map(torch.stack, found))
+    ours.fit(2)
+    other.fit(2)
+    assert_same(snapshot(ours.model), snapshot(other.model))
+    assert_same(snapshot(ours.mesa.teacher.model), snapshot(other.mesa.teacher.model))
 
 
 def test_with_accumulation():
@@ -245,11 +272,13 @@ def test_counters_are_copied():
 @pytest.mark.parametrize('model, data, told', [
     (nn.Sequential(nn.Linear(5, 3), nn.Unflatten(1, (3, 1))).double(), None, 'logits'),
     (nn.Linear(5, 1).double(), 'floats', 'integer class')])
-def test_not_a_classification(model, data, told):
+@pytest.mark.parametrize('start', [0, 9])
+def test_not_a_classification(model, data, told, start):
+    "Said at the first batch, however late the term begins"
     bs = [(x, x[:, 0]) for x, _ in batches()] if data else batches()
     loss = nn.MSELoss() if data else lambda z, y: z.square().mean()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=told): learner(model, bs, MESA(start=0), loss_func=loss).fit(1)
+    with pytest.raises(ValueError, match=told): learner(model, bs, MESA(start=start), loss_func=loss).fit(1)
     assert_same(before, snapshot(model))
 
 

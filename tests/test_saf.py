@@ -1,6 +1,7 @@
 """SAF against loops written from its equation; the past is really the past, whatever comes in between."""
 import math
 import pickle
+import random
 from functools import partial
 
 import pytest
@@ -8,16 +9,21 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data as tud
 from conftest import CPUMixedPrecision, assert_close, assert_same, mlp, snapshot
-from fastai.basics import SGD, Callback, DataLoaders, L, Learner, OptimWrapper, TrainEvalCallback, noop
+from fastai.basics import (SGD, Callback, CategoryBlock, CrossEntropyLossFlat, DataBlock, DataLoaders, IndexSplitter, L,
+                           Learner, OptimWrapper, Recorder, TrainEvalCallback, Transform, TransformBlock, noop)
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.schedule import *
 from fastai.callback.training import GradientAccumulation
 from fastai.data.load import DataLoader
+from fastai.torch_core import TensorImage
 from processes import in_processes
+from reference import sam_gradient
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sam_explained.data import corpus, docstrings
 from sam_explained.msam import MSAM
-from sam_explained.saf import SAF
+from sam_explained.saf import SAF, trajectory_loss
 from sam_explained.sam import SAM
 
 f32, f64 = torch.float32, torch.float64
@@ -34,13 +40,14 @@ class Rows(tud.Dataset):
     def __getitem__(self, i): return self.x[i], self.y[i]
 
 
+class Rest(nn.Module):
+    "Without the number of the row"
+    def forward(self, x): return x[:, 1:]
+
+
 def net(dtype=f64, drop=0.):
-    "The number of the row does not enter"
     torch.manual_seed(3)
-    first = nn.Linear(5, 7)
-    with torch.no_grad(): first.weight[:, 0] = 0
-    first.weight.register_hook(lambda g: g * (torch.arange(5) > 0))
-    return nn.Sequential(first, nn.Tanh(), nn.Dropout(drop), nn.Linear(7, 3)).to(dtype)
+    return nn.Sequential(Rest(), nn.Linear(4, 7), nn.Tanh(), nn.Dropout(drop), nn.Linear(7, 3)).to(dtype)
 
 
 kinds = {
@@ -71,36 +78,27 @@ class Notes(Callback):
     def before_batch(self): self.seen.append((self.epoch, *self.learn.xb, *self.learn.yb))
 
 
-def told_again(model, seen, lam=.3, tau=5., lag=3, start=3, n_acc=None, rho=None, half=True):
+def told_again(model, seen, lam=.3, tau=5., lag=3, start=3, n_acc=None, rho=None, half=True, smooth=0.):
     "The definition, with a dictionary for the past"
     opt, said, count = torch.optim.SGD(model.parameters(), lr=.1, momentum=.9), {}, 0
     for epoch, x, y in seen:
-        keys = [int(i) for i in x[:, 0]]
-        def loss():
-            z = model(x)
-            total = F.cross_entropy(z, y)
+        keys, now = [int(i) for i in x[:, 0]], []
+        past = {k: said[epoch - lag, k] for k in keys if epoch >= start and (epoch - lag, k) in said}
+        def loss(call):
+            z = call(x)
+            now.append(z.detach())
+            total = F.cross_entropy(z, y, label_smoothing=smooth)
             for row, k in zip(z, keys):
-                if epoch < start or (epoch - lag, k) not in then: continue
-                p = (then[epoch - lag, k] / tau).softmax(0)
+                if k not in past: continue
+                p = (past[k] / tau).softmax(0)
                 total = total + lam * (p * (p.log() - (row / tau).log_softmax(0))).sum() / len(y)
-            return total, z
-        then = dict(said)
-        total, z = loss()
-        for k, row in zip(keys, z.detach()):
+            return total
+        g = sam_gradient(model, loss, rho)[0] if rho else torch.autograd.grad(loss(model), list(model.parameters()))
+        for k, row in zip(keys, now[0]):
             row = row.float() - row.float().max()
-            said[epoch, k] = (row.half() if half else row).to(z.dtype)
-        if rho:
-            g = torch.autograd.grad(total, list(model.parameters()))
-            norm = math.sqrt(sum(float((o ** 2).sum()) for o in g))
-            home = [w.detach().clone() for w in model.parameters()]
-            with torch.no_grad():
-                for w, o in zip(model.parameters(), g): w += rho / norm * o
-            total, _ = loss()
+            said[epoch, k] = (row.half() if half else row).to(now[0].dtype)
         share = len(y) / n_acc if n_acc else 1.
-        (share * total).backward()
-        if rho:
-            with torch.no_grad():
-                for w, h in zip(model.parameters(), home): w.copy_(h)
+        for w, o in zip(model.parameters(), g): w.grad = share * o + (0 if w.grad is None else w.grad)
         count += len(y)
         if n_acc and count < n_acc: continue
         count = 0
@@ -128,6 +126,13 @@ def test_its_arguments(kw):
     assert_close(model, ref, 1e-6, 1e-8) if 'dtype' in kw else assert_close(model, ref)
 
 
+def test_label_smoothing():
+    model, ref, notes = net(), net(), Notes()
+    learner(model, [SAF(5., lag=1, start=1), notes], loss_func=nn.CrossEntropyLoss(label_smoothing=.2)).fit(4)
+    told_again(ref, notes.seen, 5., lag=1, start=1, smooth=.2)
+    assert_close(model, ref)
+
+
 def test_with_accumulation():
     model, ref, notes = net(), net(), Notes()
     learner(model, [SAF(5., lag=1, start=1), notes, GradientAccumulation(8)]).fit(4)
@@ -140,6 +145,30 @@ def test_with_sam():
     learner(model, [SAF(5., lag=1, start=1), notes, SAM(.3)]).fit(4)
     told_again(ref, notes.seen, 5., lag=1, start=1, rho=.3)
     assert_close(model, ref)
+
+
+def test_looking_for_a_learning_rate(tmp_path):
+    "The term is off, nothing is recorded, the past that there was is still there"
+    def trained():
+        learn = learner(net(f32), [Recorder(), SAF(5., lag=1, start=1)], path=tmp_path)
+        learn.fit(3)
+        return learn
+    ours, plain = trained(), trained()
+    plain.remove_cb(plain.saf)
+    before = {k: v.clone() for k, v in ours.saf.history.state_dict().items() if torch.is_tensor(v)}
+    weights, found = snapshot(ours.model), []
+    for learn in (plain, ours):
+        torch.manual_seed(3)
+        learn.dls.train.rng.seed(3)
+        learn.lr_find(num_it=12, show_plot=False, suggest_funcs=())
+        found.append(learn.recorder.losses)
+    assert torch.equal(*map(torch.stack, found))
+    assert_same(weights, snapshot(ours.model))
+    assert_same(before, {k: v for k, v in ours.saf.history.state_dict().items() if torch.is_tensor(v)})
+    notes = Notes()
+    ours.add_cb(notes)
+    ours.fit(5, start_epoch=3)
+    assert torch.stack(ours.saf.kls).mean() > 0 and (ours.saf.history.stamps == 4).all()
 
 
 def test_loss_scaling():
@@ -214,7 +243,7 @@ def test_resuming_without_the_history_is_the_base_run_until_there_is_one(tmp_pat
             learn.fit(epochs, start_epoch=3)
             ends.append(snapshot(learn.model))
     assert_same(ends[0], ends[2])                                            # epochs 3 and 4 have no past
-    assert not torch.equal(ends[1]['0.weight'], ends[3]['0.weight'])         # epoch 5 has
+    assert not torch.equal(ends[1]['1.weight'], ends[3]['1.weight'])         # epoch 5 has
 
 
 def test_a_new_fit_begins_without_a_past():
@@ -229,6 +258,93 @@ def test_a_new_fit_begins_without_a_past():
     learn.fit(3)
     told_again(ref, notes.seen, 5., lag=1, start=1)
     assert_close(learn.model, ref)
+
+
+# Real loaders --------------------------------------------------------------------------------------------------
+
+class Echo(nn.Module):
+    "Its outputs name the picture, whatever has been done to it; there is a weight, but it does not matter"
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+    def forward(self, x): return x.amax((1, 2, 3))[:, None] * torch.tensor([1., 0, -1]) + 0 * self.w
+
+
+class Turn(Transform):
+    "One of eight ways to lay the picture, drawn anew for each item"
+    split_idx = 0
+    def encodes(self, x: TensorImage):
+        k = random.randrange(8)
+        return torch.rot90(x.flip(-1) if k > 3 else x, k % 4, (-2, -1))
+
+
+def square(i):
+    "A dark picture with a bright corner: the number of the row over 8"
+    x = torch.zeros(1, 3, 3)
+    x[0, 0, 0] = i / 8
+    return TensorImage(x)
+
+
+def label(i): return int(i) % 3
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_data_block_with_augmentation_and_workers(workers):
+    "With any past that is not the row's own the term would not be 0"
+    block = DataBlock((TransformBlock, CategoryBlock), get_items=noop, get_x=square, get_y=label,
+                      splitter=IndexSplitter(range(40, 50)), item_tfms=Turn(), batch_tfms=Turn())
+    dls = block.dataloaders(list(range(50)), bs=7, num_workers=workers)
+    learn = Learner(dls, Echo(), CrossEntropyLossFlat(), cbs=SAF(lag=1, start=1), lr=0., default_cbs=False)
+    learn.add_cbs([TrainEvalCallback(), Counted()])
+    learn.logger, learn.create_mbar = noop, False
+    learn.fit(3)
+    assert [learn.counted.rows[e] for e in range(3)] == [0, pytest.approx(35 * .875, abs=4), pytest.approx(35 * .875, abs=4)]
+    assert max(learn.counted.kls) < 1e-6
+    then, weight = learn.saf.history.read(torch.arange(40), 3)
+    seen = weight > 0
+    assert seen.sum() == 35                                                  # drop_last: five of forty rows are not seen
+    assert torch.equal(then[seen][:, 0] - then[seen][:, 1], torch.arange(40)[seen] / 8)
+
+
+class Counted(Callback):
+    "How many rows had a past, and what the term was"
+    order, run_valid = 40, False
+    def before_fit(self): self.rows, self.kls = {}, []
+    def before_epoch(self): self.rows[self.epoch] = 0
+    def after_loss(self):
+        self.rows[self.epoch] += self.saf.asked[2].sum().item()
+        if self.epoch: self.kls.append(trajectory_loss(self.pred, *self.saf.asked[1:2], weight=self.saf.asked[2]).item())
+
+
+def test_text():
+    "Rows of padded word numbers, with their own words as keys"
+    dls = docstrings(bs=40, valid_pct=len(corpus()) - 120, vocab_size=30)
+    torch.manual_seed(0)
+    make = partial(nn.Sequential, nn.EmbeddingBag(32, 6), nn.Linear(6, 8))
+    model, seen = make(), []
+    ref = make()
+    ref.load_state_dict(model.state_dict())
+    class Keep(Callback):
+        order, run_valid = -5, False
+        def before_batch(self): seen.append((self.epoch, *self.xb, *self.yb))
+    learn = Learner(dls, model, CrossEntropyLossFlat(), opt_func=partial(SGD, mom=.9), lr=.5,
+                    cbs=[SAF(20., lag=1, start=1), Keep()], default_cbs=False)
+    learn.add_cb(TrainEvalCallback())
+    learn.logger, learn.create_mbar = noop, False
+    learn.fit(3)
+    opt, said = torch.optim.SGD(ref.parameters(), lr=.5, momentum=.9), {}
+    assert len(seen) == 9 and len({tuple(row) for _, x, _ in seen for row in x.tolist()}) > 110
+    for epoch, x, y in seen:
+        z = ref(x)
+        loss = F.cross_entropy(z, y)
+        if epoch:
+            past = torch.stack([said[epoch - 1, tuple(row)] for row in x.tolist()])
+            loss = loss + 20 * F.kl_div((z / 5).log_softmax(1), (past / 5).softmax(1), reduction='batchmean')
+        for row, o in zip(x.tolist(), z.detach()): said[epoch, tuple(row)] = o - o.max()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+    assert_close(model, ref, 1e-3, 1e-5)
 
 
 # Errors --------------------------------------------------------------------------------------------------------
