@@ -25,7 +25,7 @@ test: .venv/ready  ## every check: exports in step, README in step, notebooks, t
 	$(VENV)/python -m pytest
 
 test-latest: .venv-latest/ready  ## the exported library with the newest fastai and torch that pip resolves
-	$(LATEST)/python -m pytest tests/test_core.py tests/test_callback.py tests/test_interrupts.py tests/test_processes.py tests/test_ctrl_c.py tests/test_data.py tests/test_msam.py tests/test_roads.py tests/test_kill.py tests/test_example.py tests/test_ssam.py tests/test_reuse.py tests/test_saving.py tests/test_ids.py tests/test_history.py tests/test_saf.py tests/test_mesa.py
+	$(LATEST)/python -m pytest tests/test_core.py tests/test_callback.py tests/test_interrupts.py tests/test_processes.py tests/test_ctrl_c.py tests/test_data.py tests/test_msam.py tests/test_roads.py tests/test_kill.py tests/test_example.py tests/test_ssam.py tests/test_reuse.py tests/test_saving.py tests/test_ids.py tests/test_history.py tests/test_saf.py tests/test_mesa.py tests/test_sharpness.py tests/test_slices.py tests/test_track.py
 
 export: .venv/ready  ## notebooks to sam_explained/
 	$(VENV)/nbdev_export
@@ -39,11 +39,13 @@ clean-nbs: .venv/ready  ## strip execution counts and stray metadata from the no
 hooks: .venv/ready  ## let git and Jupyter keep the notebooks clean
 	$(VENV)/nbdev_install_hooks
 
-bench: .venv/ready  ## what a step costs beside plain SGD: SAM, mSAM, a part of the weights, SAF and MESA
+bench: .venv/ready  ## what a step costs beside plain SGD: SAM, mSAM, a part of the weights, SAF, MESA; eigenvalues and slices
 	$(VENV)/python benchmarks/two_pass.py
 	$(VENV)/python benchmarks/shards.py
 	$(VENV)/python benchmarks/suffix.py
 	$(VENV)/python benchmarks/past.py
+	$(VENV)/python benchmarks/eigen.py
+	$(VENV)/python benchmarks/slices.py
 
 clean:           ## remove what was built, keep the environments
 	rm -rf _proc _docs build *.egg-info
@@ -55,7 +57,7 @@ clean:           ## remove what was built, keep the environments
 
 .venv-latest/ready: settings.ini setup.py
 	test -x $(LATEST)/python || $(PYTHON) -m venv .venv-latest
-	$(LATEST)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e . pytest hypothesis scipy
+	$(LATEST)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e . pytest hypothesis scipy curvlinops-for-pytorch
 	$(LATEST)/python -m pip list --disable-pip-version-check | grep -iE '^(torch|fastai|fastcore) '
 	touch $@
 

@@ -8,9 +8,12 @@ __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'co
            'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params', 'shards', 'MSAM', 'fisher', 'top_mask',
            'moved_mask', 'Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask', 'TopGradMask', 'DSTMask', 'SSAM',
            'Prefix', 'suffix_for', 'sparse_backward', 'with_ids', 'track_ids', 'forget_ids', 'History',
-           'trajectory_loss', 'PastTerm', 'SAF', 'warm_decay', 'MeanTeacher', 'MESA']
+           'trajectory_loss', 'PastTerm', 'SAF', 'warm_decay', 'MeanTeacher', 'MESA', 'Objective', 'ball_sharpness',
+           'm_sharpness', 'top_eigenvalues', 'hessian_trace', 'hessian_spectrum', 'filter_normalized',
+           'random_direction', 'slice_1d', 'slice_2d', 'plot_slices', 'turn_slices', 'plane_through', 'slice_explorer',
+           'TrackSharpness']
 
-# %% ../nbs/30_all.ipynb #a4aff815
+# %% ../nbs/30_all.ipynb #7b829712
 from .landscape import *
 from .core import *
 from .data import digits, docstrings, noisy
@@ -24,12 +27,18 @@ from .ids import *
 from .history import *
 from .saf import *
 from .mesa import *
+from .sharpness import *
+from .hessian import *
+from .slices import *
+from .track import *
 
-# %% ../nbs/30_all.ipynb #47915e3d
+# %% ../nbs/30_all.ipynb #321f2586
 _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path',
          'descend', 'Frames', 'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats',
          'same_rng', 'same_hidden', 'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params',
          'shards', 'MSAM', 'fisher', 'top_mask', 'moved_mask', 'Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask',
          'TopGradMask', 'DSTMask', 'SSAM', 'Prefix', 'suffix_for', 'sparse_backward',
          'with_ids', 'track_ids', 'forget_ids', 'History', 'trajectory_loss', 'PastTerm', 'SAF', 'warm_decay',
-         'MeanTeacher', 'MESA']
+         'MeanTeacher', 'MESA', 'Objective', 'ball_sharpness', 'm_sharpness', 'top_eigenvalues', 'hessian_trace',
+         'hessian_spectrum', 'filter_normalized', 'random_direction', 'slice_1d', 'slice_2d', 'plot_slices',
+         'turn_slices', 'plane_through', 'slice_explorer', 'TrackSharpness']

@@ -26,9 +26,10 @@ def _last_wins(ids):
     end = torch.where(last, here, len(ids)).flip(0).cummin(0).values.flip(0)
     return ids, order[end]               # `end`: where the run of equal ids ends
 
-# %% ../nbs/05e_history.ipynb #7fdb6936
+# %% ../nbs/05e_history.ipynb #a66e0110
 def _storable(logits, dtype):
-    "`logits` minus their row maximum in `dtype`, 0 where a row is not finite; and which are finite"
+    """`logits` minus their row maximum in `dtype`, 0 where a row is not finite; and which are
+    finite"""
     logits = logits.detach().float()
     good = logits.isfinite().all(1)
     rows = logits - logits.amax(1, keepdim=True)
@@ -90,20 +91,20 @@ def _table(shape, dtype, device, folder, gpu_share, ram_share):
          f'memory: it goes into a file in {str(folder or gettempdir())!r}, and reading it may be slow', stacklevel=4)
     return _in_file(shape, dtype, folder)
 
-# %% ../nbs/05e_history.ipynb #2a56b55c
+# %% ../nbs/05e_history.ipynb #d5b3de01
 class History:
     """The outputs of the last `lag` epochs for each of `n` examples, with the epoch of each
-    (Du et al. 2022, section 3.2). On the GPU if it takes at most `gpu_share` of what is free there,
-    else in pinned memory, above `ram_share` in a file"""
+    (Du et al. 2022, section 3.2). On the GPU if it takes at most `gpu_share` of what is free
+    there, else in pinned memory, above `ram_share` in a file"""
     gpu_share, ram_share = .25, .5
     def __init__(self,
         n,                   # number of examples, at least 1
         classes,             # number of logits per example, at least 1
-        lag,                 # how many epochs back one looks, $\tilde E$ in the paper, at least 1
+        lag,                 # how many epochs back, $\tilde E$ in the paper, at least 1
         dtype=torch.float16, # what the logits are stored in
         device=None,         # where rows are handed out; None: the GPU if there is one
         folder=None,         # for the file, if it comes to that; None: that for temporary files
-        shared=True,         # several processes: write what all have, so that all have one table
+        shared=True,         # several processes write what all have, so that all have one table
     ):
         for k, v in dict(n=n, classes=classes, lag=lag).items():
             setattr(self, k, int(at_least(k, v, 1, whole=True)))
@@ -114,12 +115,14 @@ class History:
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
         shape, shares = (self.lag, self.n, self.classes), (self.gpu_share, self.ram_share)
         self.logits = _table(shape, dtype, self.device, folder, *shares)
-        self.stamps = torch.full(shape[:2], _never, dtype=torch.int32, device=self.logits.device)
+        self.stamps = torch.full(shape[:2], _never, dtype=torch.int32,
+                                 device=self.logits.device)
         self.shared, self.waiting = shared, []
 
     @staticmethod
     def memory(n, classes, lag, dtype=torch.float16):
-        "Bytes of a table: `n * classes * lag * dtype.itemsize`, and `4 * n * lag` for the stamps"
+        """Bytes of a table: `n * classes * lag * dtype.itemsize`, and `4 * n * lag` for the
+        stamps"""
         return n * lag * (classes * dtype.itemsize + 4)
 
 # %% ../nbs/05e_history.ipynb #61143c72
@@ -212,7 +215,7 @@ def _arrive(self: History):
         self.stamps[slot].index_copy_(0, ids, stamps)
     self.waiting.clear()
 
-# %% ../nbs/05e_history.ipynb #4824c7d6
+# %% ../nbs/05e_history.ipynb #629aeda0
 @patch
 def state_dict(self: History):
     "Logits, stamps and the size of the table; references, not copies"
@@ -223,7 +226,8 @@ def state_dict(self: History):
 def load_state_dict(self: History,
     state, # what `state_dict` gave, of a table of the same size and type
 ):
-    "Continue where the table of `state` was; a ValueError, and no change, if it is of another size"
+    """Continue where the table of `state` was; a ValueError, and no change, if it is of another
+    size"""
     here = self.state_dict()
     missing = [k for k in here if k not in state]
     if missing:

@@ -14,16 +14,17 @@ from weakref import WeakKeyDictionary
 from fastai.basics import *
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 
-# %% ../nbs/05d_ids.ipynb #28e08617
+# %% ../nbs/05d_ids.ipynb #7bdad537
 class _Row(NamedTuple):
     "An item and its index in the data set"
     id: int
     item: Any
 
 class _Tagged(list):
-    "`[ids, batch]`: a list, as `to_device` and `pin_memory` know what to do with lists. NumPy's ids stay on the CPU"
+    """`[ids, batch]`: a list, as `to_device` and `pin_memory` know what to do with lists.
+    NumPy's ids stay on the CPU"""
 
-# %% ../nbs/05d_ids.ipynb #38b05af3
+# %% ../nbs/05d_ids.ipynb #5acb4bea
 def _lengths(b):
     "The first dimension of every tensor and array in `b`"
     if isinstance(b, (torch.Tensor, np.ndarray)): return {len(b)} if b.ndim else set()
@@ -34,19 +35,21 @@ def _tagged(ids, batch):
     "`batch` with `ids`, if it has that many rows"
     found = _lengths(batch)
     if found and len(ids) not in found:
-        raise ValueError(f'a batch made of {len(ids)} items has tensors of {sorted(found)} rows: which is which?')
+        raise ValueError(f'a batch made of {len(ids)} items has tensors of {sorted(found)} '
+                         'rows: which is which?')
     return _Tagged([np.array(ids, dtype=np.int64), batch])
 
-# %% ../nbs/05d_ids.ipynb #d680bcb9
+# %% ../nbs/05d_ids.ipynb #7611d5b0
 def _collated(collate, rows):
     "`collate` of the items of `rows`, with the indices of those it has used"
     if not rows or not all(isinstance(r, _Row) for r in rows): return collate(rows)
     items, where = [r.item for r in rows], defaultdict(deque)
     for r in rows: where[id(r.item)].append(r.id)
-    batch = collate(items)                                           # it may have sorted `items`
+    batch = collate(items)                                          # it may have sorted `items`
     ids = [where[id(item)].popleft() for item in items if where.get(id(item))]
     if len(ids) < len(items):
-        raise ValueError('the collate function has put other items in its list: which is which?')
+        raise ValueError('the collate function has put other items in its list: '
+                         'which is which?')
     used = [i for i, item in zip(ids, items) if item is not None]
     return _tagged(used if len(used) in _lengths(batch) else ids, batch)
 
@@ -142,7 +145,7 @@ def _why_not(dl):
     if dl.n is None: return 'has no length: nobody knows how many indices there are'
     if 'create_batches' in vars(dl): return 'has a create_batches of its own, which need not make one item after the other'
 
-# %% ../nbs/05d_ids.ipynb #87a4c3ff
+# %% ../nbs/05d_ids.ipynb #1c3bd3e3
 def with_ids(
     dl, # a fastai or PyTorch `DataLoader` over a data set with indices; it is not changed
 ):
@@ -151,8 +154,8 @@ def with_ids(
     ValueError if the items of `dl` have no index"""
     if isinstance(dl, _Double): return dl
     if not isinstance(dl, (DataLoader, TorchLoader)):
-        raise TypeError(f'dl is a {type(dl).__name__}; only a fastai or PyTorch DataLoader can say '
-                        'which items it has read')
+        raise TypeError(f'dl is a {type(dl).__name__}; only a fastai or PyTorch DataLoader can '
+                        'say which items it has read')
     inner = vars(dl).get('dl')
     why = _why_not(inner if isinstance(inner, DataLoader) else dl)
     if why: raise ValueError(f'no sample ids: dl {why}')
@@ -171,12 +174,12 @@ class _Split:
         return self.split(b)
     def __reduce__(self): return getattr, (self.learn, '_split')
 
-# %% ../nbs/05d_ids.ipynb #52b6634e
+# %% ../nbs/05d_ids.ipynb #0f1aa46f
 def track_ids(
-    learn, # a Learner; call this in `before_train`, with an order after `DistributedTrainer` (11)
+    learn, # a Learner; call it in `before_train`, with an order after `DistributedTrainer` (11)
 ):
-    """For this epoch, `learn.sample_ids` is the index of each row of the batch in the training set:
-    int64, `(rows,)`, on the CPU"""
+    """For this epoch, `learn.sample_ids` is the index of each row of the batch in the training
+    set: int64, `(rows,)`, on the CPU"""
     learn.dl, learn.sample_ids = with_ids(learn.dl), None
     if not isinstance(vars(learn).get('_split'), _Split): learn._split = _Split(learn)
 
