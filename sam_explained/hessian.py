@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Eigen', 'Trace', 'Lanczos', 'top_eigenvalues', 'hessian_trace', 'Spectrum', 'hessian_spectrum']
 
-# %% ../nbs/07a_hessian.ipynb #7e07084a
+# %% ../nbs/07a_hessian.ipynb #ffa3bd80
 import math
 import warnings
 from collections import namedtuple
@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from fastcore.basics import patch, store_attr
 from fastcore.meta import delegates
+from scipy import stats
 from scipy.linalg import eigh_tridiagonal
 from .core import at_least
-from .sharpness import Objective, _bar, _checked, _count, _objective
+from .sharpness import Objective, _bar, _checked, _count, _objective, _wide
 
-# %% ../nbs/07a_hessian.ipynb #d285c5b2
+# %% ../nbs/07a_hessian.ipynb #4f1bc41d
 class Lanczos:
-    "The recursion (2) for a symmetric `product`, one step at a time, with full reorthogonalisation"
+    "The recursion (2) for a symmetric `product`, step by step, with full reorthogonalisation"
     def __init__(self,
         product, # a function of a flat vector
         start,   # the first vector, flat and not zero
@@ -33,7 +34,8 @@ class Lanczos:
     def Q(self): return self.rows[:self.n]
 
     def _append(self, q):
-        if self.n == len(self.rows): self.rows = torch.cat([self.rows, torch.empty_like(self.rows)])
+        if self.n == len(self.rows):
+            self.rows = torch.cat([self.rows, torch.empty_like(self.rows)])
         self.rows[self.n] = q
         self.n += 1
 
@@ -45,27 +47,29 @@ class Lanczos:
         "One product"
         v = self.product(self.Q[-1])
         self.alpha.append((self.Q[-1] @ v).item())
+        if not math.isfinite(self.alpha[-1]): raise ValueError(f'product {len(self.alpha)} is not finite')
         v = self._orthogonal(v)
         size = max(*map(abs, self.alpha), *self.beta, 0)
-        closed = (norm := v.norm().item()) <= 10 * torch.finfo(v.dtype).eps * size   # nothing new is to be had from here
+        norm = v.norm().item()
+        closed = norm <= 10 * torch.finfo(v.dtype).eps * size      # nothing new from here
         self.beta.append(0. if closed else norm)
         if self.full: return
-        if closed: v = self._orthogonal(torch.randn(len(v), generator=torch.Generator().manual_seed(self.n)).to(v))
+        if closed: v = self._orthogonal(_normal(len(v), self.n).to(v))
         self._append(v / v.norm())
 
     @property
     def full(self): return len(self.beta) == self.Q.shape[1]
 
     def ritz(self):
-        "Estimates in ascending order, their vectors in terms of `Q`, one per column, and the norms $||Hu-\\theta u||$"
+        "Estimates in ascending order, their vectors in terms of `Q` (columns), and $||Hu-\\theta u||$"
         theta, S = eigh_tridiagonal(np.array(self.alpha), np.array(self.beta[:-1]))
         return theta, S, abs(self.beta[-1] * S[-1])
 
     def vector(self, s): return torch.tensor(s).to(self.Q) @ self.Q[:len(s)]
 
-# %% ../nbs/07a_hessian.ipynb #aa7f45cc
+# %% ../nbs/07a_hessian.ipynb #93855904
 Eigen = namedtuple('Eigen', 'values errors vectors products')
-Eigen.__doc__ = "Eigenvalues, an error for each, their vectors (lists like the params), and how many products were made"
+Eigen.__doc__ = "Eigenvalues, an error for each, vectors (lists like the params), products made"
 
 @delegates(Objective)
 def top_eigenvalues(
@@ -78,21 +82,23 @@ def top_eigenvalues(
     progress=True,   # show a bar
     **kwargs
 ):
-    "The `k` largest eigenvalues of the Hessian of the mean loss, in descending order, by Lanczos, eq. (2): an `Eigen`"
+    "The `k` largest eigenvalues of the Hessian of the mean loss by Lanczos, eq. (2): an `Eigen`"
     objective = _objective(of, **kwargs)
     _check_count(k, which, most, objective)
     with _product(objective, kind) as product:
-        L = Lanczos(product, _random(objective, torch.randn))
+        L = Lanczos(product, _as_weights(_normal, objective))
         for j in _bar(range(most), progress):
             L.step()
             theta, S, r = L.ritz()
             i = _ends(len(theta), k, which)
             errors = _errors(theta, r)[i]
-            if L.full or len(theta) >= k * (1 + (which == 'both')) and (errors <= tol * _size(theta, i)).all(): break
+            enough = len(theta) >= k * (1 + (which == 'both'))
+            if L.full or enough and (errors <= tol * _size(theta, i)).all(): break
         else: warnings.warn(f'the errors are above {tol} of the eigenvalues after {most} products')
-    return Eigen(theta[i], errors, [_like(L.vector(S[:, c]), objective.params) for c in i], j + 1)
+    vectors = [_like(L.vector(S[:, c]), objective.params) for c in i]
+    return Eigen(theta[i], errors, vectors, j + 1)
 
-# %% ../nbs/07a_hessian.ipynb #64fb4b76
+# %% ../nbs/07a_hessian.ipynb #25e00286
 def _check_count(k, which, most, objective):
     n = sum(w.numel() for w in objective.params)
     at_least('k', k, 1, whole=True), at_least('most', most, 1, whole=True)
@@ -116,13 +122,15 @@ def _flat(ts): return torch.cat([t.detach().flatten() for t in ts])
 def _like(v, params):
     return [p.view(w.shape).to(w) for p, w in zip(v.split([w.numel() for w in params]), params)]
 
-def _random(objective, draw):
-    "A random vector of the size of the weights, on their device, drawn with the seed of the objective"
-    gen, w = torch.Generator().manual_seed(objective.seed), _flat(objective.params)
-    v = draw(len(w), generator=gen)
-    return v.to(w.device, torch.promote_types(w.dtype, torch.float32))
+def _normal(n, seed): return torch.randn(n, generator=torch.Generator().manual_seed(seed))
+def _signs(n, seed): return 2. * torch.randint(2, (n,), generator=torch.Generator().manual_seed(seed)) - 1
 
-# %% ../nbs/07a_hessian.ipynb #f14e13e9
+def _as_weights(draw, objective, k=0):
+    "A random vector of the size of the weights, on their device; the `k`-th of the objective's seed"
+    w = _flat(objective.params)
+    return draw(len(w), objective.seed + 1000 * k).to(w.device, torch.promote_types(w.dtype, torch.float32))
+
+# %% ../nbs/07a_hessian.ipynb #037a889f
 @contextmanager
 def _product(objective, kind):
     "The product as a function of flat vectors; with a single batch, the graph of its gradient is kept and used again"
@@ -132,43 +140,42 @@ def _product(objective, kind):
         f = objective.hvp if kind == 'hessian' else objective.ggn
         yield lambda v: _flat(f(_like(v, params)))
         return
-    with objective.held():
+    with objective.held(), torch.enable_grad():
         (xb, yb, _), = objective.batches()
-        g = objective._grad(_checked(objective.loss_func(objective.model(*xb), *yb), 0, None), create_graph=True)
-        yield lambda v: _flat(objective._grad(g, grad_outputs=_like(v, params), retain_graph=True))
+        loss = _checked(objective.loss_func(objective.model(*xb), *yb), 0, None)
+        g = objective._grad(loss, create_graph=True)
+        yield lambda v: _flat(map(_wide, objective._derivative(g, _like(v, params), retain_graph=True)))
 
-# %% ../nbs/07a_hessian.ipynb #79007f19
+# %% ../nbs/07a_hessian.ipynb #b1383a18
 Trace = namedtuple('Trace', 'value error products')
 Trace.__doc__ = "An estimate, its standard error, and how many products were made"
 
 @delegates(Objective)
 def hessian_trace(
     of,             # a Learner, a tuple (model, loss_func, batches), or an `Objective`
-    tol=0.05,       # stop when the standard error is below this share of the estimate, but not before ten products
+    tol=0.05,       # stop when the standard error is below this share; after ten products at least
     most=100,       # products at most, an int from 2 up
     kind='hessian', # or 'ggn'
     progress=True,  # show a bar
     **kwargs
 ):
-    "The trace of the Hessian of the mean loss by Hutchinson's estimator, with its standard error: a `Trace`"
+    "The trace of the Hessian of the mean loss by Hutchinson's estimator: a `Trace`"
     objective, found = _objective(of, **kwargs), []
     at_least('most', most, 2, whole=True), at_least('tol', tol, 0)
-    gen = torch.Generator().manual_seed(objective.seed)
     with _product(objective, kind) as product:
-        for _ in _bar(range(most), progress):
-            z = _random(objective, lambda n, generator: 2. * torch.randint(2, (n,), generator=gen) - 1)
+        for k in _bar(range(most), progress):
+            z = _as_weights(_signs, objective, k)
             found.append((z @ product(z)).item())
-            mean, error = np.mean(found), np.std(found, ddof=1) / math.sqrt(len(found)) if len(found) > 1 else np.inf
-            if len(found) >= 10 and error <= tol * abs(mean): break
-    return Trace(float(mean), float(error), len(found))
+            if k >= 9 and stats.sem(found) <= tol * abs(np.mean(found)): break
+    return Trace(float(np.mean(found)), float(stats.sem(found)), len(found))
 
-# %% ../nbs/07a_hessian.ipynb #b7cf3c93
+# %% ../nbs/07a_hessian.ipynb #a1b83ff5
 class Spectrum:
-    "Where the eigenvalues lie: `nodes`, `weights` (they sum to 1) and the number of weights of the model, `n`"
+    "Where the eigenvalues lie: `nodes`, `weights` that sum to 1, and `n`, how many there are"
     def __init__(self, nodes, weights, n): store_attr()
 
     def __call__(self, x, width):
-        "The density at `x`, an array, smoothed by a normal distribution of standard deviation `width`"
+        "The density at the numbers `x`, smoothed by a normal distribution of deviation `width`"
         z = (np.asarray(x)[:, None] - self.nodes) / width
         return (self.weights * np.exp(-z**2 / 2)).sum(1) / (width * math.sqrt(2 * math.pi))
 
@@ -186,30 +193,30 @@ def hessian_spectrum(
     "The distribution of the eigenvalues by stochastic Lanczos quadrature, a `Spectrum`"
     at_least('starts', starts, 1, whole=True), at_least('steps', steps, 1, whole=True)
     objective, nodes, weights = _objective(of, **kwargs), [], []
-    gen = torch.Generator().manual_seed(objective.seed)
     n = sum(w.numel() for w in objective.params)
     with _product(objective, kind) as product:
-        for k in _bar(range(starts * min(steps, n)), progress):
-            if k % min(steps, n) == 0: L = Lanczos(product, _random(objective, lambda n, generator: torch.randn(n, generator=gen)))
-            L.step()
-            if (k + 1) % min(steps, n): continue
+        for k in _bar(range(starts), progress):
+            L = Lanczos(product, _as_weights(_normal, objective, k))
+            for _ in range(min(steps, n)): L.step()
             theta, S, _ = L.ritz()
             nodes.append(theta), weights.append(S[0]**2 / starts)
     return Spectrum(np.concatenate(nodes), np.concatenate(weights), n)
 
-# %% ../nbs/07a_hessian.ipynb #da324c0e
+# %% ../nbs/07a_hessian.ipynb #b87a2678
 @patch
 def ggn(self:Objective, v, eps=None):
-    "The product $Gv$ of the generalised Gauss-Newton matrix, eq. (3), at the weights plus `eps` with `v`: lists like `params`"
+    "The product $Gv$ of the Gauss-Newton matrix, eq. (3), at the weights plus `eps`, for a list `v`"
     seen, other = [], copy(self)
     def keep(out, *yb):
         seen[:] = out, yb
         return self.loss_func(out, *yb)
     def product(loss):
         (z, yb), t = seen, torch.zeros_like(seen[0], requires_grad=True)
-        Jv, = torch.autograd.grad(self._grad(z, grad_outputs=t, create_graph=True), t, v)
+        JT = self._grad(z, grad_outputs=t, create_graph=True)
+        JT, u = zip(*[(a, b) for a, b in zip(JT, v) if a.requires_grad])
+        Jv, = torch.autograd.grad(JT, t, u)
         free = z.detach().requires_grad_()
         dz, = torch.autograd.grad(self.loss_func(free, *yb), free, create_graph=True)
         return self._grad(z, grad_outputs=torch.autograd.grad(dz, free, Jv)[0])
     other.loss_func = keep
-    return other.mean(product, eps)
+    with torch.enable_grad(): return other.mean(product, eps)

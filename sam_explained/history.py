@@ -26,10 +26,10 @@ def _last_wins(ids):
     end = torch.where(last, here, len(ids)).flip(0).cummin(0).values.flip(0)
     return ids, order[end]               # `end`: where the run of equal ids ends
 
-# %% ../nbs/05e_history.ipynb #a66e0110
+# %% ../nbs/05e_history.ipynb #adc1f907
 def _storable(logits, dtype):
-    """`logits` minus their row maximum in `dtype`, 0 where a row is not finite; and which are
-    finite"""
+    """`logits` minus their row maximum in `dtype`, 0 where a row is not finite; and which
+    are finite"""
     logits = logits.detach().float()
     good = logits.isfinite().all(1)
     rows = logits - logits.amax(1, keepdim=True)
@@ -91,7 +91,7 @@ def _table(shape, dtype, device, folder, gpu_share, ram_share):
          f'memory: it goes into a file in {str(folder or gettempdir())!r}, and reading it may be slow', stacklevel=4)
     return _in_file(shape, dtype, folder)
 
-# %% ../nbs/05e_history.ipynb #d5b3de01
+# %% ../nbs/05e_history.ipynb #4c8f2759
 class History:
     """The outputs of the last `lag` epochs for each of `n` examples, with the epoch of each
     (Du et al. 2022, section 3.2). On the GPU if it takes at most `gpu_share` of what is free
@@ -103,8 +103,8 @@ class History:
         lag,                 # how many epochs back, $\tilde E$ in the paper, at least 1
         dtype=torch.float16, # what the logits are stored in
         device=None,         # where rows are handed out; None: the GPU if there is one
-        folder=None,         # for the file, if it comes to that; None: that for temporary files
-        shared=True,         # several processes write what all have, so that all have one table
+        folder=None,         # for the file, if there is one; None: that for temporary files
+        shared=True,         # several processes write what all have: all have one table
     ):
         for k, v in dict(n=n, classes=classes, lag=lag).items():
             setattr(self, k, int(at_least(k, v, 1, whole=True)))
@@ -112,7 +112,8 @@ class History:
             raise TypeError(f'dtype={dtype!r} must be a torch.dtype')
         if not dtype.is_floating_point:
             raise ValueError(f'dtype={dtype} must be a floating point type')
-        self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
+        default = 'cuda' if torch.cuda.is_available() else 'cpu'
+        self.device = torch.device(device or default)
         shape, shares = (self.lag, self.n, self.classes), (self.gpu_share, self.ram_share)
         self.logits = _table(shape, dtype, self.device, folder, *shares)
         self.stamps = torch.full(shape[:2], _never, dtype=torch.int32,
@@ -125,14 +126,14 @@ class History:
         stamps"""
         return n * lag * (classes * dtype.itemsize + 4)
 
-# %% ../nbs/05e_history.ipynb #61143c72
+# %% ../nbs/05e_history.ipynb #1a9f7ce6
 @patch
 def read(self: History,
     ids,   # indices of the rows of the batch, `(rows,)`
     epoch, # the epoch that is running, counted from 0; call this before `write`
 ):
-    """Logits of epoch `epoch - lag`, float32 `(rows, classes)`, up to a constant per row; and
-    weights, float32 `(rows,)`, 1, or 0 if a row has no such output"""
+    """Logits of epoch `epoch - lag`, float32 `(rows, classes)`, up to a constant per row;
+    and weights, float32 `(rows,)`, 1, or 0 if a row has no such output"""
     ids, epoch = self._checked(ids, epoch)
     self._arrive()
     slot, ids = epoch % self.lag, ids.to(self.logits.device)
@@ -140,14 +141,15 @@ def read(self: History,
     rows = torch.where(known[:, None], self.logits[slot][ids], 0)
     return self._out(rows).float(), self._out(known).float()
 
-# %% ../nbs/05e_history.ipynb #33ac6bb8
+# %% ../nbs/05e_history.ipynb #2d8d97cd
 @patch
 def write(self: History,
-    ids,    # indices of the rows of the batch, `(rows,)`; if one comes twice, the last counts
+    ids,    # indices of the rows of the batch, `(rows,)`; of equal ones the last counts
     logits, # outputs, `(rows, classes)`; a row that is not finite leaves no past
     epoch,  # the epoch that is running, counted from 0
 ):
-    "What the network says about `ids` in this epoch; from all processes, if there are several"
+    """What the network says about `ids` in this epoch; from all processes, if there are
+    several"""
     ids, epoch = self._checked(ids, epoch)
     if tuple(logits.shape) != (len(ids), self.classes):
         raise ValueError(f'logits of shape {tuple(logits.shape)} must be ({len(ids)}, '
@@ -215,7 +217,7 @@ def _arrive(self: History):
         self.stamps[slot].index_copy_(0, ids, stamps)
     self.waiting.clear()
 
-# %% ../nbs/05e_history.ipynb #629aeda0
+# %% ../nbs/05e_history.ipynb #16e9ca35
 @patch
 def state_dict(self: History):
     "Logits, stamps and the size of the table; references, not copies"
@@ -226,12 +228,13 @@ def state_dict(self: History):
 def load_state_dict(self: History,
     state, # what `state_dict` gave, of a table of the same size and type
 ):
-    """Continue where the table of `state` was; a ValueError, and no change, if it is of another
-    size"""
+    """Continue where the table of `state` was; a ValueError, and no change, if it is of
+    another size"""
     here = self.state_dict()
     missing = [k for k in here if k not in state]
     if missing:
-        raise ValueError(f'state has no {", ".join(missing)}: it is not the state of a History')
+        raise ValueError(f'state has no {", ".join(missing)}: '
+                         'it is not the state of a History')
     for k in ('n', 'classes', 'lag'):
         if state[k] != here[k]:
             raise ValueError(f'{k}={state[k]} in the state, {here[k]} in this history')

@@ -39,13 +39,13 @@ def _tagged(ids, batch):
                          'rows: which is which?')
     return _Tagged([np.array(ids, dtype=np.int64), batch])
 
-# %% ../nbs/05d_ids.ipynb #7611d5b0
+# %% ../nbs/05d_ids.ipynb #c4cd48c1
 def _collated(collate, rows):
     "`collate` of the items of `rows`, with the indices of those it has used"
     if not rows or not all(isinstance(r, _Row) for r in rows): return collate(rows)
     items, where = [r.item for r in rows], defaultdict(deque)
     for r in rows: where[id(r.item)].append(r.id)
-    batch = collate(items)                                          # it may have sorted `items`
+    batch = collate(items)                                       # it may have sorted `items`
     ids = [where[id(item)].popleft() for item in items if where.get(id(item))]
     if len(ids) < len(items):
         raise ValueError('the collate function has put other items in its list: '
@@ -145,17 +145,17 @@ def _why_not(dl):
     if dl.n is None: return 'has no length: nobody knows how many indices there are'
     if 'create_batches' in vars(dl): return 'has a create_batches of its own, which need not make one item after the other'
 
-# %% ../nbs/05d_ids.ipynb #1c3bd3e3
+# %% ../nbs/05d_ids.ipynb #443cf1f9
 def with_ids(
     dl, # a fastai or PyTorch `DataLoader` over a data set with indices; it is not changed
 ):
-    """A double of `dl` whose batches are `[ids, batch]`: the same batches, drawn with the same
-    random numbers, and the index of each row in `dl.dataset`, an int64 array `(rows,)`.
+    """A double of `dl` whose batches are `[ids, batch]`: the same batches, drawn with the
+    same random numbers, and the index of each row in `dl.dataset`, an int64 array `(rows,)`.
     ValueError if the items of `dl` have no index"""
     if isinstance(dl, _Double): return dl
     if not isinstance(dl, (DataLoader, TorchLoader)):
-        raise TypeError(f'dl is a {type(dl).__name__}; only a fastai or PyTorch DataLoader can '
-                        'say which items it has read')
+        raise TypeError(f'dl is a {type(dl).__name__}; only a fastai or PyTorch DataLoader '
+                        'can say which items it has read')
     inner = vars(dl).get('dl')
     why = _why_not(inner if isinstance(inner, DataLoader) else dl)
     if why: raise ValueError(f'no sample ids: dl {why}')
@@ -174,12 +174,12 @@ class _Split:
         return self.split(b)
     def __reduce__(self): return getattr, (self.learn, '_split')
 
-# %% ../nbs/05d_ids.ipynb #0f1aa46f
+# %% ../nbs/05d_ids.ipynb #95865c1f
 def track_ids(
-    learn, # a Learner; call it in `before_train`, with an order after `DistributedTrainer` (11)
+    learn, # a Learner; call it in `before_train`, order above 11 (distributed loaders)
 ):
-    """For this epoch, `learn.sample_ids` is the index of each row of the batch in the training
-    set: int64, `(rows,)`, on the CPU"""
+    """For this epoch, `learn.sample_ids` is the index of each row of the batch in the
+    training set: int64, `(rows,)`, on the CPU"""
     learn.dl, learn.sample_ids = with_ids(learn.dl), None
     if not isinstance(vars(learn).get('_split'), _Split): learn._split = _Split(learn)
 

@@ -10,17 +10,17 @@ from fastai.basics import *
 from .core import at_least, same_rng
 from .saf import *
 
-# %% ../nbs/06b_mesa.ipynb #dad9b32b
+# %% ../nbs/06b_mesa.ipynb #02c56fe5
 def warm_decay(
     t,     # how many averages there have been, an int from 0 up
     decay, # $\beta$, in (0, 1)
 ):
-    r"The $\beta$ of the next average: $\min(\beta,(1+t)/(10+t))$, so that the beginning is forgotten quickly"
+    r"The $\beta$ of the next average, $\min(\beta,(1+t)/(10+t))$: the beginning fades quickly"
     return min(decay, (1 + t) / (10 + t))
 
-# %% ../nbs/06b_mesa.ipynb #fb5b5898
+# %% ../nbs/06b_mesa.ipynb #07d3d75d
 class MeanTeacher:
-    "A copy of `model` in eval mode whose weights are a running average of the model's, `update` by `update`"
+    "A copy of `model` in eval mode: its weights are a running average, `update` by `update`"
     def __init__(self,
         model, # a module
         decay, # $\beta$, in (0, 1)
@@ -49,13 +49,14 @@ class MeanTeacher:
         for k, v in saved['state'].items():
             if k in new and new[k].shape == v.shape: continue
             raise ValueError(f'the saved average of {k} does not belong to this model')
-        if missing := new.keys() - saved['state'].keys(): raise ValueError(f'the saved average has no {min(missing)}')
+        if missing := new.keys() - saved['state'].keys():
+            raise ValueError(f'the saved average has no {min(missing)}')
         self.model.load_state_dict(saved['state'])
         self.t = saved['t']
 
-# %% ../nbs/06b_mesa.ipynb #3b539842
+# %% ../nbs/06b_mesa.ipynb #6479255b
 class MESA(PastTerm):
-    "Add `lam` times the KL divergence from a running average of the weights to the loss, eq. (1) (Du et al. 2022)"
+    "Add `lam` times the KL divergence from an average of the weights, eq. (1) (Du et al. 2022)"
     def __init__(self,
         lam=0.8,      # $\lambda\ge0$
         tau=5.,       # temperature $\tau>0$
@@ -64,11 +65,12 @@ class MESA(PastTerm):
         tau_sq=False, # True: times $\tau^2$, as in the authors' code
     ):
         super().__init__(lam, tau, start, tau_sq)
-        if not 0 < at_least('decay', decay, 0) < 1: raise ValueError(f'decay={decay!r} must be a number in (0, 1)')
+        if not 0 < at_least('decay', decay, 0) < 1:
+            raise ValueError(f'decay={decay!r} must be a number in (0, 1)')
         self.decay, self.teacher = decay, None
 
     def before_fit(self):
-        "Go on with the average of an earlier fit of this optimizer, also if it was loaded; else begin with these weights"
+        "Go on with the average kept with the optimizer, also a loaded one; else begin here"
         super().before_fit()
         self.teacher, group = MeanTeacher(get_model(self.model), self.decay), self._groups()[0]
         if 'mesa' in group: self.teacher.load_state_dict(group['mesa'])

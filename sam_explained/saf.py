@@ -15,7 +15,7 @@ from .core import at_least
 from .history import History
 from .ids import forget_ids, track_ids, with_ids
 
-# %% ../nbs/06_saf.ipynb #db54fcc0
+# %% ../nbs/06_saf.ipynb #b22af556
 def trajectory_loss(
     logits,       # outputs now, a tensor (rows, classes)
     past,         # outputs of the past, a tensor of that shape; no gradient goes there
@@ -23,18 +23,22 @@ def trajectory_loss(
     weight=None,  # one number per row, 0 if it has no past; `None`: all count
     tau_sq=False, # True: times $\tau^2$, as in the authors' code; False: as in the paper
 ):
-    "The mean KL divergence of the present from the past, eq. (1) (Du et al. 2022, eq. (8)), in at least float32"
+    """The mean KL divergence of the present from the past, eq. (1) (Du et al. 2022, eq. (8))
+
+    Computed in at least float32."""
     kind = torch.promote_types(logits.dtype, torch.float32)
     now, then = (F.log_softmax(z.to(kind) / tau, -1) for z in (logits, past.detach()))
     kl = F.kl_div(now, then, reduction='none', log_target=True).sum(-1)
     if weight is not None: kl = kl * weight
     return kl.mean() * (tau**2 if tau_sq else 1)
 
-# %% ../nbs/06_saf.ipynb #c51e1de5
+# %% ../nbs/06_saf.ipynb #839375ec
 class PastTerm(Callback):
-    "Adds `lam` times `trajectory_loss` to the loss; a subclass defines `past()`: logits of the past, and their weights"
-    order = MixedPrecision.order - 5       # before accumulation divides the loss
-    run_valid, always = False, False       # `always`: ask for the past also while the term is switched off
+    """Adds `lam` times `trajectory_loss` to the loss
+
+    A subclass defines `past()`: the logits of the past, and their weights."""
+    order = MixedPrecision.order - 5   # before accumulation divides the loss
+    run_valid, always = False, False   # `always`: ask for the past also when the term is off
     def __init__(self, lam, tau, start, tau_sq):
         at_least('lam', lam, 0), at_least('tau', tau, 0)
         if tau == 0: raise ValueError(f'tau={tau!r} must be a number above 0')
@@ -44,17 +48,18 @@ class PastTerm(Callback):
 
     def before_fit(self):
         self.finding = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
-        PastTerm.after_fit(self)                       # an interrupted fit may have left a column, of another callback even
+        PastTerm.after_fit(self)   # an interrupted fit may have left a column, even another's
         self.learn.metrics = self.learn.metrics + L(_MeanKL(self))
 
     def before_train(self): self.kls = []
     def before_batch(self): self.asked = None
 
     def after_loss(self):
-        _check_classes(self.pred, self.yb)             # from the first batch on, long before the term counts
+        _check_classes(self.pred, self.yb)   # from the first batch on, before the term counts
         active = self.epoch >= self.start and self.lam > 0
         if self.finding or not (active or self.always): return
-        new = self.asked is None or self.asked[0] is not self.learn.xb     # not so in the second pass of `SAM`
+        # a new batch, and not the second pass of `SAM` over the same one
+        new = self.asked is None or self.asked[0] is not self.learn.xb
         if new: self.asked = self.learn.xb, *self.past()
         if not active: return
         kl = trajectory_loss(self.pred, self.asked[1], self.tau, self.asked[2], self.tau_sq)
@@ -62,7 +67,8 @@ class PastTerm(Callback):
         self.learn.loss_grad = self.learn.loss_grad + self.lam * kl
 
     def after_batch(self): self.asked = None
-    def after_fit(self): self.learn.metrics = self.learn.metrics.filter(lambda m: not isinstance(m, _MeanKL))
+    def after_fit(self):
+        self.learn.metrics = self.learn.metrics.filter(lambda m: not isinstance(m, _MeanKL))
 
 # %% ../nbs/06_saf.ipynb #f90e4c6c
 @patch
@@ -88,27 +94,31 @@ class _MeanKL(Metric):
     @property
     def value(self): return torch.stack(self.cb.kls).mean().item() if self.cb.kls else math.nan
 
-# %% ../nbs/06_saf.ipynb #c8463d29
+# %% ../nbs/06_saf.ipynb #ad8a94ba
 class SAF(PastTerm):
-    "Add `lam` times the KL divergence from one's own outputs `lag` epochs ago (Du et al. 2022, Algorithm 1)"
+    "Add `lam` times the KL divergence from one's own outputs `lag` epochs ago (Du et al. 2022)"
     always = True
     def __init__(self,
         lam=0.3,             # $\lambda\ge0$
         tau=5.,              # temperature $\tau>0$
         lag=3,               # $\tilde E$, how many epochs back, an int from 1 up
-        start=5,             # the first epoch, counted from 0, in which the term counts; at least `lag`
+        start=5,             # the first epoch (from 0) in which the term counts; at least `lag`
         tau_sq=False,        # True: times $\tau^2$, as in the authors' code
         dtype=torch.float16, # of the table
-        folder=None,         # where the table goes if it does not fit into memory; see `History`
+        folder=None,         # where the table goes if memory is too small for it; see `History`
     ):
         super().__init__(lam, tau, start, tau_sq)
         at_least('lag', lag, 1, whole=True)
-        if start < lag: raise ValueError(f'start={start!r} must be at least lag={lag!r}: there is no older past')
+        if start < lag:
+            raise ValueError(f'start={start!r} must be at least lag={lag!r}: '
+                             'there is no older past')
         self.lag, self.dtype, self.folder, self.history = lag, dtype, folder, None
 
     def before_fit(self):
         mixed = first(cb for cb in self.learn.cbs if isinstance(cb, MixHandler))
-        if mixed: raise ValueError(f'SAF does not go with {type(mixed).__name__}, whose rows are mixtures without a past; use MESA')
+        if mixed:
+            raise ValueError(f'SAF does not go with {type(mixed).__name__}, '
+                             'whose rows are mixtures without a past; use MESA')
         self.n = len(with_ids(self.dls.train).dataset)
         super().before_fit()
         self.learn.remove_cbs(L(self.learn.cbs).filter(lambda cb: isinstance(cb, _Track)))
@@ -118,12 +128,14 @@ class SAF(PastTerm):
     def before_train(self):
         super().before_train()
         if (n := len(self.dls.train.dataset)) != self.n:
-            raise ValueError(f'the training set had {self.n} rows in the epoch before, now it has {n}: whose past is whose?')
+            raise ValueError(f'the training set had {self.n} rows in the epoch before, '
+                             f'now it has {n}: whose past is whose?')
 
     def past(self):
         "Read before write"
         ids = self.learn.sample_ids
-        if len(ids) != len(self.pred): raise ValueError(f'SAF needs whole batches: {len(self.pred)} outputs for {len(ids)} rows')
+        if (n := len(self.pred)) != len(ids):
+            raise ValueError(f'SAF needs whole batches: {n} outputs for {len(ids)} rows')
         if not self.begun: self._begin(self.pred)
         found = self.history.read(ids, self.epoch)
         self.history.write(ids, self.pred, self.epoch)
@@ -151,7 +163,7 @@ def _begin(self:SAF, pred):
     elif saved and saved['logits'] is not self.history.logits: self.history.load_state_dict(saved)
     group['saf'], self.begun = self.history.state_dict(), True
 
-# %% ../nbs/06_saf.ipynb #bccfa707
+# %% ../nbs/06_saf.ipynb #2e2a30d6
 @patch(cls_method=True)
 def memory(cls:SAF,
     n,                   # rows of the training set
@@ -159,5 +171,7 @@ def memory(cls:SAF,
     lag=3,               # $\tilde E$, epochs that are kept
     dtype=torch.float16, # of the table
 ):
-    "Bytes that the table of `n` rows will take: logits of `lag` epochs, and a stamp for each; before a fit, `SAF.memory(n, classes)`"
+    """Bytes that the table of `n` rows will take: logits of `lag` epochs, and a stamp for each
+
+    Before a fit, `SAF.memory(n, classes)`."""
     return History.memory(n, classes, lag, dtype)

@@ -5,90 +5,111 @@
 # %% auto #0
 __all__ = ['Ball', 'Objective', 'ball_sharpness', 'm_sharpness']
 
-# %% ../nbs/07_sharpness.ipynb #7433e9b9
+# %% ../nbs/07_sharpness.ipynb #8b37b6b5
 import random
 from collections import namedtuple
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from fastai.basics import *
 from fastai.data.load import DataLoader
 from fastprogress.fastprogress import progress_bar
-from .core import ascent, at_least, frozen_stats, grad_norm, perturbed, same_hidden, same_rng
+from .core import ascent, at_least, frozen_stats, grad_norm, perturbed
+from .core import same_hidden, same_rng
 from .msam import shards
 
-# %% ../nbs/07_sharpness.ipynb #1822ef2f
+# %% ../nbs/07_sharpness.ipynb #03d2789c
 class Objective:
-    "The mean loss over all rows of some data, as a function of a model's weights; the model is left as it was found"
+    "The mean loss over some data as a function of the weights; leaves the model as it was"
     def __init__(self,
-        of,                # a Learner, whose training set is used; or a tuple (model, loss_func, batches)
-        params=None,       # the weights that count: a function of the model that returns a list; None: all with a gradient
-        batch_stats=False, # batch norm: True takes the statistics of each batch, False the running ones
-        dropout=False,     # True: dropout is on, with the same masks for a batch at each evaluation
-        seed=0,            # of what is drawn at random: masks, shuffling and transforms of a loader
+        of,                # a Learner (its training set), or a tuple (model, loss_func, batches)
+        params=None,       # which weights: a function of the model; None: all with a gradient
+        batch_stats=False, # batch norm: True takes the batch's statistics, False the running ones
+        dropout=False,     # True: on, with the same masks for a batch at each evaluation
+        seed=0,            # of what is drawn: masks, shuffling and transforms of a loader
     ):
         if isinstance(of, Learner): of = get_model(of.model), of.loss_func, of.dls.train
-        self.model, self.loss_func, self.data = of
+        self.model, self.loss_func, data = of
+        self.n_inp, self.data = getattr(data, 'n_inp', None), _in_order(data)
         store_attr('batch_stats,dropout,seed')
-        self.params = list(params(self.model) if params else (w for w in self.model.parameters() if w.requires_grad))
-        _check_params(self.params)
+        all_of_them = (w for w in self.model.parameters() if w.requires_grad)
+        self.params = list(dict.fromkeys(params(self.model) if params else all_of_them))
+        _check_params(self.params, self.model)
         self.device = self.params[0].device
 
-# %% ../nbs/07_sharpness.ipynb #4265b11f
-def _check_params(params):
+# %% ../nbs/07_sharpness.ipynb #543a0687
+def _check_params(params, model):
+    known = set(model.parameters())
     if not params: raise ValueError('params is empty: there is no weight that needs a gradient')
     for w in params:
         if not torch.is_tensor(w) or not w.requires_grad:
             raise ValueError(f'params: a weight of shape {tuple(getattr(w, "shape", ()))} needs no gradient')
+        if w not in known: raise ValueError(f'params: a weight of shape {tuple(w.shape)} is not one of the model')
     if len(found := {w.device for w in params}) > 1:
         raise ValueError(f'params are on {len(found)} devices, {", ".join(sorted(map(str, found)))}; one is needed')
 
-_norms = nn.modules.batchnorm._NormBase
+def _twice_differentiable(model):
+    "Attention and recurrent layers by kernels whose backward has a backward"
+    yield torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    if any(isinstance(m, nn.RNNBase) for m in model.modules()): yield torch.backends.cudnn.flags(enabled=False)
+
+_norms = (nn.modules.batchnorm._NormBase,)
 _drops = nn.modules.dropout._DropoutNd, nn.AlphaDropout
 
-# %% ../nbs/07_sharpness.ipynb #4d211695
+# %% ../nbs/07_sharpness.ipynb #c1594b92
 @patch
 @contextmanager
 def held(self:Objective):
-    "Inside, the model is in the mode to measure in; afterwards it is as it was, and so are the random generators"
+    "Inside, the model is in the mode to measure in; afterwards all is as it was"
     modes = [(m, m.training) for m in self.model.modules()]
     others = random.getstate(), np.random.get_state()
     with ExitStack() as stack:
-        for kept in (frozen_stats(self.model), same_rng(self.device), same_hidden(self.model)): stack.enter_context(kept)
+        for kept in (frozen_stats(self.model), same_rng(self.device), same_hidden(self.model)):
+            stack.enter_context(kept)
+        for kernels in _twice_differentiable(self.model): stack.enter_context(kernels)
+        on = _norms * self.batch_stats + _drops * self.dropout
         try:
-            for m, _ in modes:
-                m.training = isinstance(m, _norms) and self.batch_stats or isinstance(m, _drops) and self.dropout
+            for m, _ in modes: m.training = isinstance(m, on)
             yield self
         finally:
             for m, mode in modes: m.training = mode
             random.setstate(others[0]), np.random.set_state(others[1])
 
+# %% ../nbs/07_sharpness.ipynb #51e20923
 @patch
 def batches(self:Objective):
-    "Batch by batch its inputs, its targets and its number of rows, on the device of the weights; each time the same"
+    "Inputs, targets and number of rows of each batch, on the device of the weights"
     random.seed(self.seed), np.random.seed(self.seed), torch.manual_seed(self.seed)
     rows = 0
-    for i, batch in enumerate(_in_order(self.data)):
-        b = to_device(tuple(batch), self.device)
+    for i, b in enumerate(_from(self.data)):
+        if isinstance(b, Mapping): raise TypeError('a batch must be a tuple of inputs and targets, not a dict')
+        b = to_device(tuple(b), self.device)
+        n_inp = ifnone(self.n_inp, max(1, len(b) - 1))
         torch.manual_seed(self.seed + i)
         rows += (n := find_bs(b[-1]))
-        yield b[:max(1, len(b) - 1)], b[-1:], n
+        yield b[:n_inp], b[n_inp:], n
     if not rows: raise ValueError('batches is empty: there is no row to take the loss of')
 
-# %% ../nbs/07_sharpness.ipynb #891299de
+# %% ../nbs/07_sharpness.ipynb #8779d610
 def _in_order(data):
-    "A fastai loader without shuffling and with all its rows; a PyTorch loader whose own generator will not be missed"
-    if isinstance(data, DataLoader): return data.new(shuffle=False, drop_last=False, num_workers=0)
+    "What can be gone through again and again; a fastai loader without shuffling and with all its rows"
+    if hasattr(data, '__next__'): raise ValueError('batches can be gone through once only; give a list or a loader')
+    if not isinstance(data, DataLoader): return data
+    state = random.getstate()                  # a new loader draws a seed
+    try: return data.new(shuffle=False, drop_last=False, num_workers=0)
+    finally: random.setstate(state)
+
+def _from(data):
+    "The generator of a PyTorch loader is put back"
     gen = getattr(data, 'generator', None)
-    return _from(data, gen) if isinstance(gen, torch.Generator) else data
-
-def _from(data, gen):
-    state = gen.get_state()
+    state = gen.get_state() if isinstance(gen, torch.Generator) else None
     try: yield from data
-    finally: gen.set_state(state)
+    finally:
+        if state is not None: gen.set_state(state)
 
-# %% ../nbs/07_sharpness.ipynb #c228a38d
+# %% ../nbs/07_sharpness.ipynb #bb3062b6
 @patch
 def mean(self:Objective, f, eps=None, progress=False):
-    "The mean over all rows of `f(loss)`, a list of tensors, where `loss` is that of a batch at the weights plus `eps`"
+    "The mean over rows of the tensors `f(loss)`, for the loss at the weights plus `eps`"
     total, rows = None, 0
     with self.held():
         for i, (xb, yb, n) in enumerate(_bar(self.batches(), progress, _count(self.data))):
@@ -98,28 +119,41 @@ def mean(self:Objective, f, eps=None, progress=False):
             if total is None: total = found
             else: torch._foreach_add_(total, found)
             rows += n
-    return torch._foreach_div(total, rows)
+    return list(torch._foreach_div(total, rows))
 
+# %% ../nbs/07_sharpness.ipynb #d48747b7
 @patch
 def value(self:Objective, eps=None):
     "The mean loss at the weights plus `eps`, a float"
     with torch.no_grad(): return self.mean(lambda loss: [loss.double()], eps)[0].item()
 
+# %% ../nbs/07_sharpness.ipynb #d42e10c8
 @patch
 def gradient(self:Objective, eps=None):
     "The mean loss, a float, and its gradient, a list like `params`, at the weights plus `eps`"
-    loss, *g = self.mean(lambda loss: [loss.detach().double(), *self._grad(loss)], eps)
+    with torch.enable_grad():
+        loss, *g = self.mean(lambda loss: [loss.detach().double(), *self._grad(loss)], eps)
     return loss.item(), g
 
+# %% ../nbs/07_sharpness.ipynb #d5c9fc7e
 @patch
 def hvp(self:Objective, v, eps=None):
     r"The product $Hv$ of the Hessian at the weights plus `eps` with `v`: lists like `params`"
-    return self.mean(lambda loss: self._grad(self._grad(loss, create_graph=True), grad_outputs=v), eps)
+    def product(loss): return self._derivative(self._grad(loss, create_graph=True), v)
+    with torch.enable_grad(): return self.mean(product, eps)
 
-# %% ../nbs/07_sharpness.ipynb #020447e6
+# %% ../nbs/07_sharpness.ipynb #aed5a376
 @patch
 def _grad(self:Objective, out, **kwargs):
     return torch.autograd.grad(out, self.params, allow_unused=True, materialize_grads=True, **kwargs)
+
+@patch
+def _derivative(self:Objective, g, v, **kwargs):
+    "The gradient of the dot product of `g` and `v`; zero where `g` depends on nothing"
+    pairs = [(a, b) for a, b in zip(g, v) if a.requires_grad]
+    if not pairs: return [torch.zeros_like(w) for w in self.params]
+    g, v = zip(*pairs)
+    return self._grad(g, grad_outputs=v, **kwargs)
 
 def _wide(x): return x if x.dtype.itemsize >= 4 else x.float()
 
@@ -142,9 +176,9 @@ def _checked(loss, i, eps):
         raise ValueError(f'the loss of batch {i} at {where} is {loss.item()}')
     return loss
 
-# %% ../nbs/07_sharpness.ipynb #5e733791
+# %% ../nbs/07_sharpness.ipynb #34a62ec5
 Ball = namedtuple('Ball', 'rise one_step eps passes')
-Ball.__doc__ = "The worst rise found, that of SAM's single step, the perturbation that belongs to `rise`, passes over the data"
+Ball.__doc__ = "Worst rise found, that of SAM's single step, the worst `eps`, passes over the data"
 
 @delegates(Objective)
 def ball_sharpness(
@@ -158,15 +192,16 @@ def ball_sharpness(
     progress=True,  # show a bar
     **kwargs
 ):
-    "The worst rise of the loss in a ball around the weights, eq. (1), found along (2): a lower bound, as a `Ball`"
+    "The worst rise of the loss in a ball, eq. (1), found along (2): a lower bound, as a `Ball`"
     _check_radius(rho), at_least('steps', steps, 1, whole=True)
-    objective, best = _objective(of, **kwargs), None
+    objective = _objective(of, **kwargs)
     home, g = objective.gradient()
+    best = Ball(0., None, [torch.zeros_like(w) for w in objective.params], 1)      # where one is
     for k in _bar(range(steps), progress):
         eps = ascent(g, rho, objective.params, p, adaptive, eta)
         loss, g = objective.gradient(eps)
         rise = loss - home
-        if k == 0: best = Ball(rise, rise, eps, 2)
+        if k == 0: best = best._replace(one_step=rise)
         gained = rise - best.rise
         best = best._replace(passes=k + 2, **(dict(rise=rise, eps=eps) if gained > 0 else {}))
         if k and gained <= tol * abs(best.rise): break
@@ -181,24 +216,26 @@ def _objective(of, **kwargs):
 def _check_radius(rho):
     if at_least('rho', rho, 0) == 0: raise ValueError(f'rho={rho!r} must be a number above 0')
 
-# %% ../nbs/07_sharpness.ipynb #fc827160
+# %% ../nbs/07_sharpness.ipynb #5e6083a9
 @delegates(Objective)
 def m_sharpness(
     of,            # a Learner, a tuple (model, loss_func, batches), or an `Objective`
-    m,             # rows in a shard, an int from 1 up; at most those of a batch, each of which is cut by itself
+    m,             # rows in a shard, an int from 1 up; each batch is cut by itself
     rho=0.05,      # radius of the ball, above 0
     steps=1,       # as in `ball_sharpness`; 1 is what mSAM does
     progress=True, # show a bar
     **kwargs
 ):
-    "The mean over shards of `m` rows of the worst rise that each sees on its own rows, a float (Foret et al. 2021, section 4.1)"
+    "The mean worst rise over shards of `m` rows (Foret et al. 2021, section 4.1), a float"
     at_least('m', m, 1, whole=True), _check_radius(rho)
     objective, total, rows = _objective(of, **kwargs), 0., 0
     with objective.held():
-        for i, (xb, yb, n) in enumerate(_bar(objective.batches(), progress, _count(objective.data))):
+        seen = _bar(objective.batches(), progress, _count(objective.data))
+        for i, (xb, yb, n) in enumerate(seen):
             for shard in shards((xb, yb), math.ceil(n / m)):
                 part = copy(objective)
                 part.data, part.seed = [(*shard[0], *shard[1])], objective.seed + i
                 n = find_bs(shard[1])
-                total, rows = total + n * ball_sharpness(part, rho, steps, progress=False).rise, rows + n
+                total += n * ball_sharpness(part, rho, steps, progress=False).rise
+                rows += n
     return total / rows

@@ -6,7 +6,7 @@
 __all__ = ['Through', 'Direction', 'filter_normalized', 'random_direction', 'Slice', 'slice_1d', 'slice_2d', 'plot_slices',
            'turn_slices', 'plane_through', 'slice_explorer']
 
-# %% ../nbs/07b_slices.ipynb #10ecfd06
+# %% ../nbs/07b_slices.ipynb #afcd5d26
 import math
 from collections import namedtuple
 from collections.abc import Mapping
@@ -17,14 +17,13 @@ from html import escape
 from io import BytesIO
 from itertools import product as grid
 from fastai.basics import *
-from fastprogress.fastprogress import progress_bar
 from .core import at_least, grad_norm, perturbed, same_hidden, same_rng
 from .landscape import Frames, _hills, method_colors
-from .sharpness import Objective, _checked, _objective
+from .sharpness import Objective, _bar, _checked, _objective
 
-# %% ../nbs/07b_slices.ipynb #2752c63a
+# %% ../nbs/07b_slices.ipynb #d343da55
 class Direction(list):
-    "A direction in weight space: a list of tensors like the weights, a `name` for the axis, and its `norm` in a word"
+    "A list of tensors like the weights, with a `name` for the axis and its `norm` in a word"
     def __init__(self,
         tensors,            # one per weight, of its shape
         name='direction',   # for the axis of a picture
@@ -37,42 +36,47 @@ class Direction(list):
         "Its length in weight space: so far one moves per unit of the axis"
         return grad_norm(self).item()
 
-# %% ../nbs/07b_slices.ipynb #10dff240
+# %% ../nbs/07b_slices.ipynb #99b2730e
 def filter_normalized(
     direction,     # tensors like `params`
     params,        # the weights $w$
-    vectors=False, # tensors with fewer than two dimensions (biases, norm layers): False: they stay; True: one filter each
+    vectors=False, # biases, norm layers (fewer than two dimensions): True: one filter each
 ):
-    "`direction` with each filter as long as that of the weights, eq. (2) (Li et al. 2018): a list; first dimension = filter"
-    return [_like_filters(d, w.detach(), vectors) for d, w in zip(direction, params, strict=True)]
+    """`direction` with each filter as long as the weights', eq. (2) (Li et al. 2018): a list
 
-# %% ../nbs/07b_slices.ipynb #90a35878
+    Filters are along the first dimension; with `vectors=False` vectors do not move."""
+    pairs = zip(direction, params, strict=True)
+    return [_like_filters(d, w.detach(), vectors) for d, w in pairs]
+
 def _like_filters(d, w, vectors):
     if w.ndim < 2 and not vectors: return torch.zeros_like(d)
     shape = (len(w), -1) if w.ndim > 1 and w.numel() else (1, -1)
     lengths, now = (x.reshape(shape).norm(dim=1, keepdim=True) for x in (w, d))
     return (d.reshape(shape) * torch.where(now > 0, lengths / now, 0.)).view_as(d)
 
-# %% ../nbs/07b_slices.ipynb #afd857af
+# %% ../nbs/07b_slices.ipynb #f5e2a5b1
 @delegates(Objective)
 def random_direction(
     of,            # a Learner, a tuple (model, loss_func, batches), or an `Objective`
     seed=0,        # of the normal numbers; the same direction on each device
-    norm='filter', # 'filter': eq. (2); 'unit': length 1, so that the axis is distance in weight space
+    norm='filter', # 'filter': eq. (2); 'unit': length 1, the axis is distance in weight space
     vectors=False, # also move tensors with fewer than two dimensions (biases, norm layers)?
     **kwargs
 ):
     "A random direction in the weights of `of`, as a `Direction`"
-    if norm not in ('filter', 'unit'): raise ValueError(f"norm={norm!r} must be 'filter' or 'unit'")
+    if norm not in ('filter', 'unit'):
+        raise ValueError(f"norm={norm!r} must be 'filter' or 'unit'")
     params, gen = _objective(of, **kwargs).params, torch.Generator().manual_seed(seed)
     d = [torch.randn(w.shape, generator=gen, dtype=torch.float64).to(w) for w in params]
     if norm == 'filter': d = filter_normalized(d, params, vectors)
     else: d = [x if vectors or w.ndim > 1 else torch.zeros_like(x) for x, w in zip(d, params)]
     length = grad_norm(d).item()
-    if not length: raise ValueError('no weight to move: all are zero, or vectors, which move with vectors=True')
+    if not length:
+        raise ValueError('no weight to move: all are zero, or vectors, '
+                         'which move with vectors=True')
     return Direction(d if norm == 'filter' else [x / length for x in d], f'random {seed}', norm)
 
-# %% ../nbs/07b_slices.ipynb #573a1519
+# %% ../nbs/07b_slices.ipynb #168338b5
 _room = 2**26     # bytes of data to hold at a time
 
 def _blocks(batches, device, limit):
@@ -145,78 +149,19 @@ def _sweep(objective, directions, points, metric, vmap, progress):
     "The mean loss and `metric` at each of `points`, an array (points, 2), and the number of rows"
     visit, size = (_visit_at_once, 50) if vmap else (_visit, 1)
     memory, total, rows = same_hidden(objective.model), np.zeros((len(points), 2)), 0
-    limit = math.inf if memory.modules else _room     # a hidden state runs from batch to batch: then one block holds all
+    limit = math.inf if memory.modules else _room   # a hidden state runs from batch to batch: one block holds all
     if vmap and (memory.modules or objective.dropout or objective.batch_stats):
-        raise ValueError('vmap=True does not work with dropout=True, batch_stats=True or a hidden state; use vmap=False')
+        raise ValueError('vmap=True does not work with dropout=True, batch_stats=True or a hidden state; '
+                         'use vmap=False')
     with objective.held(), torch.no_grad():
         for block in _blocks(objective.batches(), objective.device, limit):
             block, parts = _same_draws(objective, block), range(0, len(points), size)
-            for k in progress_bar(parts, leave=False) if progress else parts:
+            for k in _bar(parts, progress):
                 memory.restore()
                 total[k:k + size] += visit(objective, directions, points[k:k + size], block, metric)
             rows += sum(n for _, (_, _, n), _ in block)
     return total / rows, rows
 
-# %% ../nbs/07b_slices.ipynb #3e3a689b
-@dataclass
-class Slice:
-    "The loss along a line or over a plane, eq. (1), with all that a picture of it has to say"
-    coords: list   # one array of `n` coordinates per direction
-    loss: object   # mean loss, an array of shape (n,) or (n, n); `loss[i, j]` belongs to `coords[0][i], coords[1][j]`
-    metric: object # mean of the metric in the same shape, or None
-    radius: float  # half the side, in units of the directions
-    center: tuple  # coordinates of the middle; zeros: the weights of the model
-    names: tuple   # of the directions
-    norms: tuple   # how they were scaled
-    lengths: tuple # of the directions in weight space
-    rows: int      # the mean is over so many rows
-    @property
-    def scale(self):
-        "How long a unit of each axis is in weight space"
-        return ' and '.join(dict.fromkeys(f'{o:.3g}' for o in self.lengths))
-    @property
-    def caption(self):
-        "Radius, norm, scale and size in words"
-        said = {'filter': 'filter-normalised', 'unit': 'unit directions'}
-        norms = ' and '.join(dict.fromkeys(said.get(o, f'directions {o}') for o in self.norms))
-        size = ' x '.join(str(len(c)) for c in self.coords)
-        return f'radius {self.radius:.3g}, {norms}; 1 unit = {self.scale} in weight space; {size} points, {self.rows:,} rows'
-    def __repr__(self): return f'Slice of the loss, {self.loss.min():.4g} to {self.loss.max():.4g}: {self.caption}'
-
-# %% ../nbs/07b_slices.ipynb #bedc40d4
-@delegates(Objective)
-def slice_1d(
-    of,            # a Learner, a tuple (model, loss_func, batches), or an `Objective`
-    direction,     # a `Direction`, or a list of tensors like the weights
-    radius=1.,     # how far to go to either side, above 0, in units of `direction`
-    n=51,          # number of points, an int from 2 up; an odd number has one in the middle
-    center=0.,     # coordinate of the middle; 0: the weights
-    metric=None,   # also take the mean of this function of outputs and targets, e.g. fastai's `accuracy`
-    vmap=False,    # 50 points at once: faster for small models without dropout, batch statistics or hidden state
-    progress=True, # show a bar
-    **kwargs
-):
-    "The loss along a line through the weights, eq. (1), as a `Slice`"
-    return _slice(_objective(of, **kwargs), [direction], radius, n, (center,), metric, vmap, progress)
-
-# %% ../nbs/07b_slices.ipynb #39bec34a
-@delegates(Objective)
-def slice_2d(
-    of,              # a Learner, a tuple (model, loss_func, batches), or an `Objective`
-    directions,      # two, each a `Direction` or a list of tensors like the weights
-    radius=1.,       # half the side of the square, above 0, in units of the directions
-    n=25,            # points per side, an int from 2 up; an odd number has one in the middle
-    center=(0., 0.), # coordinates of the middle; zeros: the weights
-    metric=None,     # also take the mean of this function of outputs and targets, e.g. fastai's `accuracy`
-    vmap=False,    # 50 points at once: faster for small models without dropout, batch statistics or hidden state
-    progress=True,   # show a bar
-    **kwargs
-):
-    "The loss over a plane through the weights, eq. (1), as a `Slice`"
-    if len(directions) != 2: raise ValueError(f'directions must be two, got {len(directions)}')
-    return _slice(_objective(of, **kwargs), directions, radius, n, center, metric, vmap, progress)
-
-# %% ../nbs/07b_slices.ipynb #7d2edb37
 def _slice(objective, directions, radius, n, center, metric, vmap, progress):
     if at_least('radius', radius, 0) == 0: raise ValueError(f'radius={radius!r} must be a number above 0')
     at_least('n', n, 2, whole=True)
@@ -238,7 +183,8 @@ def _fitting(direction, params, k):
     if shapes != wanted: raise ValueError(f'direction {k} does not fit the weights: shapes {shapes}, not {wanted}')
     d = Direction([t.detach().to(w) for t, w in zip(direction, params)],
                   getattr(direction, 'name', f'direction {k}'), getattr(direction, 'norm', 'as given'))
-    if not 0 < d.length < math.inf: raise ValueError(f'direction {k} has length {d.length}; it must be above 0 and finite')
+    if not 0 < d.length < math.inf:
+        raise ValueError(f'direction {k} has length {d.length}; it must be above 0 and finite')
     return d
 
 def _dot(a, b): return sum((x.double() * y.double()).sum().item() for x, y in zip(a, b))
@@ -247,7 +193,91 @@ def _check_angle(a, b):
     cosine = _dot(a, b) / (a.length * b.length)
     if abs(cosine) > 1 - 1e-6: raise ValueError(f'directions are parallel (cosine {cosine:.7f}); a plane needs two')
 
-# %% ../nbs/07b_slices.ipynb #44301f05
+def _like(other, objective, k):
+    "The weights of `other` that belong to those of `objective`"
+    if isinstance(other, nn.Module):
+        names = {id(w): name for name, w in objective.model.named_parameters()}
+        theirs = dict(other.named_parameters())
+        other = [theirs.get(names[id(w)], torch.zeros(0)) for w in objective.params]
+    shapes = [tuple(w.shape) for w in objective.params]
+    if [tuple(w.shape) for w in other] != shapes:
+        raise ValueError(f'others: number {k + 1} does not fit weights of shapes {shapes}')
+    return other
+
+def _upright(move, directions, k):
+    "The part of `move` at right angles to `directions`, of length 1; twice, for the sake of rounding"
+    rest = move
+    for d in directions * 2: rest = [x - c * y for c in [_dot(rest, d)] for x, y in zip(rest, d)]
+    length = grad_norm(rest).item()
+    if length <= 1e-6 * grad_norm(move).item():
+        raise ValueError(f'others: number {k + 1} lies on the same line as those before')
+    return Direction([x / length for x in rest], f'distance along direction {k + 1}', 'unit')
+
+# %% ../nbs/07b_slices.ipynb #314d46d0
+@dataclass
+class Slice:
+    "The loss along a line or over a plane, eq. (1), with all that a picture of it has to say"
+    coords: list   # one array of `n` coordinates per direction
+    loss: object   # mean loss, (n,) or (n, n): `loss[i, j]` is at `coords[0][i], coords[1][j]`
+    metric: object # mean of the metric in the same shape, or None
+    radius: float  # half the side, in units of the directions
+    center: tuple  # coordinates of the middle; zeros: the weights of the model
+    names: tuple   # of the directions
+    norms: tuple   # how they were scaled
+    lengths: tuple # of the directions in weight space
+    rows: int      # the mean is over so many rows
+    @property
+    def scale(self):
+        "How long a unit of each axis is in weight space"
+        return ' and '.join(dict.fromkeys(f'{o:.3g}' for o in self.lengths))
+    @property
+    def caption(self):
+        "Radius, norm, scale and size in words"
+        said = {'filter': 'filter-normalised', 'unit': 'unit directions'}
+        norms = ' and '.join(dict.fromkeys(said.get(o, f'directions {o}') for o in self.norms))
+        size = ' x '.join(str(len(c)) for c in self.coords)
+        unit = f'1 unit = {self.scale} in weight space'
+        return f'radius {self.radius:.3g}, {norms}; {unit}; {size} points, {self.rows:,} rows'
+    def __repr__(self):
+        low, high = self.loss.min(), self.loss.max()
+        return f'Slice of the loss, {low:.4g} to {high:.4g}: {self.caption}'
+
+# %% ../nbs/07b_slices.ipynb #ec766c86
+@delegates(Objective)
+def slice_1d(
+    of,            # a Learner, a tuple (model, loss_func, batches), or an `Objective`
+    direction,     # a `Direction`, or a list of tensors like the weights
+    radius=1.,     # how far to go to either side, above 0, in units of `direction`
+    n=51,          # number of points, an int from 2 up; an odd number has one in the middle
+    center=0.,     # coordinate of the middle; 0: the weights
+    metric=None,   # also the mean of this function of outputs and targets, e.g. `accuracy`
+    vmap=False,    # 50 points at once: faster for small models; no dropout, hidden state, ...
+    progress=True, # show a bar
+    **kwargs
+):
+    "The loss along a line through the weights, eq. (1), as a `Slice`"
+    objective = _objective(of, **kwargs)
+    return _slice(objective, [direction], radius, n, (center,), metric, vmap, progress)
+
+# %% ../nbs/07b_slices.ipynb #7e20f40b
+@delegates(Objective)
+def slice_2d(
+    of,              # a Learner, a tuple (model, loss_func, batches), or an `Objective`
+    directions,      # two, each a `Direction` or a list of tensors like the weights
+    radius=1.,       # half the side of the square, above 0, in units of the directions
+    n=25,            # points per side, an int from 2 up; an odd number has one in the middle
+    center=(0., 0.), # coordinates of the middle; zeros: the weights
+    metric=None,     # also the mean of this function of outputs and targets, e.g. `accuracy`
+    vmap=False,      # 50 points at once: faster for small models; no dropout, hidden state, ...
+    progress=True,   # show a bar
+    **kwargs
+):
+    "The loss over a plane through the weights, eq. (1), as a `Slice`"
+    if len(directions) != 2: raise ValueError(f'directions must be two, got {len(directions)}')
+    objective = _objective(of, **kwargs)
+    return _slice(objective, directions, radius, n, center, metric, vmap, progress)
+
+# %% ../nbs/07b_slices.ipynb #5ce03a53
 def _named(slices):
     "`slices` as a dict label -> `Slice`, or an error that says why they cannot be compared"
     if isinstance(slices, Slice): slices = {'': slices}
@@ -272,7 +302,8 @@ def _say(fig, slices):
     text = next(iter(slices.values())).caption
     if len({s.scale for s in slices.values()}) > 1:
         norm, _, size = text.split('; ')
-        text = f'{norm}; {size}\n1 unit in weight space: ' + ', '.join(f'{label}: {s.scale}' for label, s in slices.items())
+        scales = ', '.join(f'{label}: {s.scale}' for label, s in slices.items())
+        text = f'{norm}; {size}\n1 unit in weight space: {scales}'
     fig.supxlabel(text, fontsize=9, color=_ink)
 
 def _lines(slices, top, ax=None):
@@ -309,22 +340,6 @@ def _planes(slices, top, levels):
     fig.colorbar(hills, ax=axes, label='loss', format='%.3g', spacing='proportional', ticks=rings[::2])
     return fig
 
-# %% ../nbs/07b_slices.ipynb #5ab3a34e
-def plot_slices(
-    slices,     # a `Slice`; or several, in a dict label -> `Slice`: labels of `method_colors` get the colour of the method
-    top=None,   # highest loss to show; None: all for lines, the highest point of the lowest slice for planes
-    levels=8,   # number of height lines of a plane, an int from 2 up: the same for all
-):
-    "Lines in one picture, or planes side by side with the same height lines; radius, norm and scale below. A figure"
-    slices = _named(slices)
-    if top is not None: at_least('top', top, -math.inf)
-    at_least('levels', levels, 2, whole=True)
-    flat = len(next(iter(slices.values())).coords) == 1
-    fig = _lines(slices, top) if flat else _planes(slices, top, levels)
-    _say(fig, slices)
-    return fig
-
-# %% ../nbs/07b_slices.ipynb #dd6a446d
 def _surface(ax, s, low, top, color):
     x, y = np.meshgrid(*s.coords, indexing='ij')
     ax.plot_surface(x, y, np.minimum(s.loss, top), color=color, rstride=1, cstride=1, lw=0, antialiased=False)
@@ -345,90 +360,6 @@ def _surfaces(slices, top, azimuth, elevation=28):
     _say(fig, slices)
     return fig
 
-# %% ../nbs/07b_slices.ipynb #df2a0bb2
-def turn_slices(
-    slices,         # as in `plot_slices`, planes only
-    top=None,       # where the surfaces are cut off; None: the highest point of the lowest one
-    azimuths=12,    # number of views around the vertical axis, an int from 1 up
-    alt='Loss surfaces', # the picture in words
-):
-    "Surfaces of planes that can be turned, side by side on the same scale: a `Frames`, live and on a page"
-    slices = _named(slices)
-    at_least('azimuths', azimuths, 1, whole=True)
-    if len(next(iter(slices.values())).coords) != 2: raise ValueError('slices must be planes, of two directions')
-    angles = [-60 + 360 * k // azimuths for k in range(azimuths)]
-    return Frames((_surfaces(slices, top, a) for a in angles), [f'{a + 60}°' for a in angles], name='turned by', alt=alt)
-
-# %% ../nbs/07b_slices.ipynb #b64cf388
-Through = namedtuple('Through', 'directions points center radius')
-Through.__doc__ = "Directions at right angles, of length 1; the coordinates of all models, `of` first; a square that holds them"
-
-@delegates(Objective)
-def plane_through(
-    of,      # a Learner, a tuple (model, loss_func, batches), or an `Objective`: the origin of the picture
-    others,  # other weights, two for a plane or one for a line: each a model of the same kind, or a list like the weights
-    **kwargs
-):
-    "The plane through the weights of `of` and of two `others` (the line, for one), eq. (4), as a `Through`"
-    objective = _objective(of, **kwargs)
-    if len(others) not in (1, 2): raise ValueError(f'others must be one or two, got {len(others)}')
-    directions, points = [], [[0.] * len(others)]
-    for k, other in enumerate(others):
-        move = [(a.detach().to(w) - w.detach()).double() for a, w in zip(_like(other, objective, k), objective.params)]
-        directions.append(_upright(move, directions, k))
-        points.append([_dot(move, d) for d in directions] + [0.] * (len(others) - k - 1))
-    points = np.array(points)
-    low, high = points.min(0), points.max(0)
-    return Through(directions, points, tuple(((low + high) / 2).tolist()), .7 * (high - low).max().item())
-
-# %% ../nbs/07b_slices.ipynb #3701b0f8
-def _like(other, objective, k):
-    "The weights of `other` that belong to those of `objective`"
-    if isinstance(other, nn.Module):
-        names = {id(w): name for name, w in objective.model.named_parameters()}
-        theirs = dict(other.named_parameters())
-        other = [theirs.get(names[id(w)], torch.zeros(0)) for w in objective.params]
-    shapes = [tuple(w.shape) for w in objective.params]
-    if [tuple(w.shape) for w in other] != shapes: raise ValueError(f'others: number {k + 1} does not fit weights of shapes {shapes}')
-    return other
-
-def _upright(move, directions, k):
-    "The part of `move` at right angles to `directions`, of length 1; twice, for the sake of rounding"
-    rest = move
-    for d in directions * 2: rest = [x - c * y for c in [_dot(rest, d)] for x, y in zip(rest, d)]
-    length = grad_norm(rest).item()
-    if length <= 1e-6 * grad_norm(move).item(): raise ValueError(f'others: number {k + 1} lies on the same line as those before')
-    return Direction([x / length for x in rest], f'distance along direction {k + 1}', 'unit')
-
-# %% ../nbs/07b_slices.ipynb #72b48980
-@delegates(Objective)
-def slice_explorer(
-    of,              # a Learner, a tuple (model, loss_func, batches), or an `Objective`
-    directions=None, # a dict name -> `Direction`; None: four random ones, filter-normalised
-    radius=1.,       # to begin with; the slider goes from a hundredth to ten times as far
-    n=15,            # points per side to begin with, 5 to 41
-    top=None,        # highest loss to show; None: all
-    progress=True,   # show a bar while a picture is made
-    **kwargs
-):
-    "A live view for Jupyter: choose two directions, radius and resolution, and see the loss of your model as map and surface"
-    from ipywidgets import Dropdown, FloatLogSlider, HTML, Image, IntSlider, VBox
-    objective, late = _objective(of, **kwargs), dict(continuous_update=False)
-    make = {k: (lambda d=d: d) for k, d in (directions or {}).items()}
-    make = make or {f'random {k}': partial(random_direction, objective, k) for k in range(4)}
-    if len(make) < 2: raise ValueError(f'directions must be at least two, got {len(make)}')
-    first, second = (Dropdown(options=list(make), index=k, description=f'direction {k + 1}') for k in (0, 1))
-    reach = FloatLogSlider(radius, min=math.log10(radius) - 2, max=math.log10(radius) + 1, description='radius', **late)
-    size, picture, says = IntSlider(n, 5, 41, 2, description='points', **late), Image(format='png'), HTML()
-    def draw(change=None):
-        try: found = slice_2d(objective, [make[w.value]() for w in (first, second)], reach.value, size.value, progress=progress)
-        except ValueError as e: says.value = f'<b>{escape(str(e))}</b>'
-        else: picture.value, says.value = _map_and_surface(found, top), escape(repr(found))
-    for w in (first, second, reach, size): w.observe(draw, 'value')
-    draw()
-    return VBox([first, second, reach, size, picture, says])
-
-# %% ../nbs/07b_slices.ipynb #37b9b737
 def _map_and_surface(s, top):
     "Both in one picture, as the bytes of a PNG"
     import matplotlib.pyplot as plt
@@ -443,3 +374,97 @@ def _map_and_surface(s, top):
     fig.savefig(out, format='png')
     plt.close(fig)
     return out.getvalue()
+
+# %% ../nbs/07b_slices.ipynb #7f044fce
+def plot_slices(
+    slices,     # a `Slice`, or several in a dict label -> `Slice`; methods have their colour
+    top=None,   # highest loss to show; None: all (lines), the top of the lowest slice (planes)
+    levels=8,   # number of height lines of a plane, an int from 2 up: the same for all
+):
+    """Lines in one picture, or planes side by side with the same height lines: a figure
+
+    Radius, norm and scale are written below."""
+    slices = _named(slices)
+    if top is not None: at_least('top', top, -math.inf)
+    at_least('levels', levels, 2, whole=True)
+    flat = len(next(iter(slices.values())).coords) == 1
+    fig = _lines(slices, top) if flat else _planes(slices, top, levels)
+    _say(fig, slices)
+    return fig
+
+# %% ../nbs/07b_slices.ipynb #d161e90d
+def turn_slices(
+    slices,         # as in `plot_slices`, planes only
+    top=None,       # where the surfaces are cut off; None: the highest point of the lowest one
+    azimuths=12,    # number of views around the vertical axis, an int from 1 up
+    alt='Loss surfaces', # the picture in words
+):
+    "Surfaces of planes to turn, side by side on one scale: a `Frames`, live and on a page"
+    slices = _named(slices)
+    at_least('azimuths', azimuths, 1, whole=True)
+    if len(next(iter(slices.values())).coords) != 2:
+        raise ValueError('slices must be planes, of two directions')
+    angles = [-60 + 360 * k // azimuths for k in range(azimuths)]
+    views, labels = (_surfaces(slices, top, a) for a in angles), [f'{a + 60}°' for a in angles]
+    return Frames(views, labels, name='turned by', alt=alt)
+
+# %% ../nbs/07b_slices.ipynb #83f959ca
+Through = namedtuple('Through', 'directions points center radius')
+Through.__doc__ = ("Directions at right angles, of length 1; the coordinates of all models, "
+                   "`of` first; a square that holds them")
+
+@delegates(Objective)
+def plane_through(
+    of,      # a Learner, a tuple (model, loss_func, batches), or an `Objective`: the origin
+    others,  # two for a plane, one for a line: models of that kind, or lists like the weights
+    **kwargs
+):
+    "The plane (for one other, the line) through `of` and `others`, eq. (4), as a `Through`"
+    objective = _objective(of, **kwargs)
+    if len(others) not in (1, 2):
+        raise ValueError(f'others must be one or two, got {len(others)}')
+    directions, points = [], [[0.] * len(others)]
+    for k, other in enumerate(others):
+        pairs = zip(_like(other, objective, k), objective.params)
+        move = [(a.detach().to(w) - w.detach()).double() for a, w in pairs]
+        directions.append(_upright(move, directions, k))
+        points.append([_dot(move, d) for d in directions] + [0.] * (len(others) - k - 1))
+    points = np.array(points)
+    low, high = points.min(0), points.max(0)
+    center = tuple(((low + high) / 2).tolist())
+    return Through(directions, points, center, .7 * (high - low).max().item())
+
+# %% ../nbs/07b_slices.ipynb #22e143d8
+@delegates(Objective)
+def slice_explorer(
+    of,              # a Learner, a tuple (model, loss_func, batches), or an `Objective`
+    directions=None, # a dict name -> `Direction`; None: four random ones, filter-normalised
+    radius=1.,       # to begin with; the slider goes from a hundredth to ten times as far
+    n=15,            # points per side to begin with, 5 to 41
+    top=None,        # highest loss to show; None: all
+    progress=True,   # show a bar while a picture is made
+    **kwargs
+):
+    """A live view for Jupyter of the loss of your model, as map and surface
+
+    Choose two directions, radius and resolution."""
+    from ipywidgets import Dropdown, FloatLogSlider, HTML, Image, IntSlider, VBox
+    objective, late = _objective(of, **kwargs), dict(continuous_update=False)
+    make = {k: (lambda d=d: d) for k, d in (directions or {}).items()}
+    make = make or {f'random {k}': partial(random_direction, objective, k) for k in range(4)}
+    if len(make) < 2: raise ValueError(f'directions must be at least two, got {len(make)}')
+    first, second = (Dropdown(options=list(make), index=k, description=f'direction {k + 1}')
+                     for k in (0, 1))
+    mid = math.log10(radius)
+    reach = FloatLogSlider(radius, min=mid - 2, max=mid + 1, description='radius', **late)
+    size = IntSlider(n, 5, 41, 2, description='points', **late)
+    picture, says = Image(format='png'), HTML()
+    def draw(change=None):
+        try:
+            two = [make[w.value]() for w in (first, second)]
+            found = slice_2d(objective, two, reach.value, size.value, progress=progress)
+        except ValueError as e: says.value = f'<b>{escape(str(e))}</b>'
+        else: picture.value, says.value = _map_and_surface(found, top), escape(repr(found))
+    for w in (first, second, reach, size): w.observe(draw, 'value')
+    draw()
+    return VBox([first, second, reach, size, picture, says])

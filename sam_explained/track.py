@@ -22,49 +22,64 @@ def lambda_1(objective):
     "The largest eigenvalue of the Hessian, to one per cent"
     return top_eigenvalues(objective, tol=.01, progress=False).values[0]
 
-# %% ../nbs/07c_track.ipynb #11917d85
+# %% ../nbs/07c_track.ipynb #369e2e7b
 class TrackSharpness(Callback):
-    "Measures the sharpness of the training loss while it trains: columns, and `values`, one dict per measurement"
+    "Measures the training loss while it trains: columns, and `values`, a dict per measurement"
     order, run_valid = 45, False           # before the Recorder collects the columns
     def __init__(self,
-        *measures,    # functions of an `Objective` that return a number; none: `ball` and `lambda_1`
-        every=1,      # measure after every so many epochs, an int from 1 up; after the last one in any case
-        batches=None, # what to measure on, a list of batches or a loader; None: the training set
+        *measures,    # functions of an `Objective`, to a number; none: `ball` and `lambda_1`
+        every=1,      # after every so many epochs, an int from 1 up, and after the last
+        batches=None, # a list of batches or a loader to measure on; None: the training set
         **kwargs      # of the `Objective`: params, batch_stats, dropout, seed
     ):
         at_least('every', every, 1, whole=True)
-        self.measures, self.every, self.batches, self.kwargs = measures or (ball, lambda_1), every, batches, kwargs
-        self.values = []
+        names = [_name(f) for f in measures]
+        if len(set(names)) < len(names): raise ValueError(f'measures must have different names, not {names}')
+        self.measures, self.every, self.values = measures or (ball, lambda_1), every, []
+        self.batches, self.kwargs = batches, kwargs
 
     def before_fit(self):
         self.finding = any(isinstance(cb, LRFinder) for cb in self.learn.cbs)
         if self.finding: return
-        TrackSharpness.after_fit(self)                        # an interrupted fit may have left columns
+        self.learn.metrics = self.learn.metrics.filter(lambda m: not _left(m, self))
         self.values = []
-        self.learn.metrics = self.learn.metrics + L(_Column(self, _name(f)) for f in self.measures)
+        self.learn.metrics += L(_Column(self, _name(f)) for f in self.measures)
 
     def after_train(self):
         last = self.epoch == self.n_epoch - 1
         if self.finding or not (last or (self.epoch + 1) % self.every == 0): return
-        objective = Objective((get_model(self.model), self.loss_func, ifnone(self.batches, self.dls.train)), **self.kwargs)
-        found = {_name(f): float(f(objective)) for f in self.measures}
+        data = ifnone(self.batches, self.dls.train)
+        objective = Objective((get_model(self.model), self.loss_func, data), **self.kwargs)
+        found = {_name(f): _number(f, objective) for f in self.measures}
         self.values.append({'epoch': self.epoch, 'loss': objective.value(), **found})
 
-    def after_fit(self): self.learn.metrics = self.learn.metrics.filter(lambda m: not isinstance(m, _Column))
+    def after_fit(self):
+        self.learn.metrics = self.learn.metrics.filter(lambda m: not _left(m, self))
 
     def plot(self):
         "Each measure against the epoch, in a figure of its own panel"
         import matplotlib.pyplot as plt
+        if not self.values: raise ValueError('nothing has been measured yet')
         names = [k for k in self.values[0] if k != 'epoch']
-        fig, axs = plt.subplots(len(names), 1, figsize=(6, 1 + 1.5 * len(names)), sharex=True, squeeze=False)
+        size, epochs = (6, 1 + 1.5 * len(names)), [v['epoch'] for v in self.values]
+        fig, axs = plt.subplots(len(names), 1, figsize=size, sharex=True, squeeze=False)
         for ax, name in zip(axs.flat, names):
-            ax.plot([v['epoch'] for v in self.values], [v[name] for v in self.values], marker='o', ms=3)
+            ax.plot(epochs, [v[name] for v in self.values], marker='o', ms=3)
             ax.set_ylabel(name)
         ax.set_xlabel('epoch')
         return fig
 
-# %% ../nbs/07c_track.ipynb #cb84fa86
+# %% ../nbs/07c_track.ipynb #aacf5cb5
 def _name(f): return getattr(f, '__name__', None) or getattr(getattr(f, 'func', None), '__name__', type(f).__name__)
+
+def _number(f, objective):
+    found = f(objective)
+    if isinstance(found, tuple): found = found[0]           # a `Ball`, an `Eigen`, a `Trace`
+    return float(np.ravel(found)[0])
+
+def _left(metric, cb):
+    "A column of `cb`, or of one that is no longer there: after a fit that was interrupted"
+    return isinstance(metric, _Column) and (metric.cb is cb or metric.cb not in list(cb.learn.cbs))
 
 class _Column(Metric):
     "What was measured in this epoch; not a number if nothing was"

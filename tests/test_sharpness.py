@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.data as tud
 from conftest import assert_same, batches, learner, snapshot
-from fastai.basics import Callback, DataLoaders
+from fastai.basics import Callback, DataLoaders, Learner
 from fastai.data.load import DataLoader
 from hypothesis import given, strategies as st
 from scipy.sparse.linalg import eigsh
@@ -49,7 +49,15 @@ def picture(): return nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.So
 def dense(): return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Dropout(.4), nn.Linear(6, 3))
 
 
-kinds = {'dense': (dense, (5,)), 'frozen': (frozen, (5,)), 'picture': (picture, (1, 4, 4)), 'tied': (Tied, None)}
+class Unused(nn.Module):
+    "A weight that nothing depends on"
+    def __init__(self):
+        super().__init__()
+        self.a, self.idle = nn.Linear(5, 3), nn.Parameter(torch.ones(2))
+    def forward(self, x): return self.a(x)
+
+
+kinds = {'dense': (dense, (5,)), 'unused': (Unused, (5,)), 'frozen': (frozen, (5,)), 'picture': (picture, (1, 4, 4)), 'tied': (Tied, None)}
 
 
 def made(kind, sizes=(6, 6, 3), seed=0):
@@ -91,7 +99,7 @@ def test_value_gradient_and_product(kind):
         for a, b in zip(ours, truth, strict=True): torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize('kind', kinds)
+@pytest.mark.parametrize('kind', [k for k in kinds if k != 'unused'])     # curvlinops needs each weight to be used
 def test_an_independent_library(kind):
     "curvlinops: products of Hessian and Gauss-Newton matrix, and scipy's eigenvalues of them"
     model, data = made(kind)
@@ -159,6 +167,23 @@ def test_trace_and_spectrum_of_the_gauss_newton_matrix():
     assert s(grid, .02).sum() * (grid[1] - grid[0]) == pytest.approx(1, abs=.01)
 
 
+def test_a_weight_that_nothing_depends_on():
+    model, data = made('unused')
+    O, part = (Objective((model, F.cross_entropy, data), params=p) for p in (None, lambda m: m.a.parameters()))
+    v = [torch.randn_like(w) for w in O.params]
+    i = next(k for k, w in enumerate(O.params) if w is model.idle)
+    for all_, some in ((O.hvp(v), part.hvp(v[:i] + v[i + 1:])), (O.ggn(v), part.ggn(v[:i] + v[i + 1:]))):
+        assert (all_.pop(i) == 0).all()
+        assert torch.equal(flat(all_), flat(some))
+
+
+def test_a_linear_loss_has_no_curvature():
+    model, data = made('unused')
+    O = Objective((model, lambda z, y: z.mean(), data))
+    assert top_eigenvalues(O, progress=False).values == 0
+    assert all((x == 0).all() for x in O.hvp([torch.ones_like(w) for w in O.params]))
+
+
 # Batch norm and dropout ---------------------------------------------------------------------------------------------
 
 def test_the_statistics_of_the_batch():
@@ -182,6 +207,17 @@ def test_dropout_draws_the_same_mask_at_each_evaluation():
     e, h = [torch.randn_like(w) for w in O.params], 1e-5
     up, down = (O.gradient([s * h * x for x in e])[1] for s in (1, -1))
     torch.testing.assert_close(flat(O.hvp(e)), (flat(up) - flat(down)) / (2 * h), rtol=1e-6, atol=1e-6)
+
+
+def test_masks_do_not_depend_on_what_the_loader_draws():
+    model, data = made('dense')
+    class Drawing:
+        def __iter__(self):
+            for b in data:
+                torch.rand(3)
+                yield b
+    a, b = (Objective((model, F.cross_entropy, d), dropout=True).value() for d in (data, Drawing()))
+    assert a == b
 
 
 # As it was ----------------------------------------------------------------------------------------------------------
@@ -292,12 +328,61 @@ def test_several_inputs_and_any_loss():
 
 
 def test_a_part_of_the_weights():
+    "Each counts once, even if it is named twice"
     model, data = made('dense')
-    O = Objective((model, F.cross_entropy, data), params=lambda m: list(m[3].parameters()))
+    O = Objective((model, F.cross_entropy, data), params=lambda m: [*m[3].parameters(), m[3].bias])
     f, w, _ = plain(model.eval(), data)
     H = torch.autograd.functional.hessian(f, w)[36:, 36:]
     assert top_eigenvalues(O, 2, tol=1e-8, progress=False).values == pytest.approx(torch.linalg.eigvalsh(H).flip(0)[:2], rel=1e-6)
     assert [len(v) for v in (O.params, ball_sharpness(O, progress=False).eps)] == [2, 2]
+
+
+def test_a_learner_whose_last_batch_is_dropped():
+    "One batch in training, two when all rows count; two targets"
+    torch.manual_seed(0)
+    model = dense()
+    rows = [(torch.randn(5), torch.randint(0, 3, ()), torch.tensor(1.)) for _ in range(10)]
+    dl = DataLoader(rows, bs=8, shuffle=True, drop_last=True, num_workers=0)
+    dl.n_inp = 1
+    learn = Learner(DataLoaders(dl, dl), model, loss_func=lambda z, y, w: F.cross_entropy(z, y) * w.mean())
+    found = top_eigenvalues(learn, tol=1e-5, progress=False).values
+    whole = [tuple(torch.stack(o) for o in zip(*rows))]
+    O = Objective((model, learn.loss_func, dl))
+    z = model.eval()(whole[0][0])
+    assert O.value() == pytest.approx(F.cross_entropy(z, whole[0][1]).item(), abs=1e-6)
+    two = [(x, y) for x, y, _ in (tuple(torch.stack(o) for o in zip(*rows[i:i + 5])) for i in (0, 5))]
+    assert found == pytest.approx(top_eigenvalues((model, F.cross_entropy, two), tol=1e-5, progress=False).values, rel=1e-3)
+
+
+@pytest.mark.parametrize('n', [1, 2])
+def test_attention_and_half_precision(n):
+    "Kernels without a second derivative are not used; one batch and two"
+    torch.manual_seed(0)
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.out = nn.TransformerEncoderLayer(4, 2, 8, 0., batch_first=True), nn.Linear(4, 3)
+        def forward(self, x): return self.out(self.layer(x).mean(1))
+    model, x, y = Reader().double(), torch.randn(6, 5, 4, dtype=f64), torch.randint(0, 3, (6,))
+    data = list(zip(x.split(6 // n), y.split(6 // n)))
+    O = Objective((model, F.cross_entropy, data))
+    e, h = [torch.randn_like(w) for w in O.params], 1e-5
+    up, down = (O.gradient([s * h * d for d in e])[1] for s in (1, -1))
+    torch.testing.assert_close(flat(O.hvp(e)), (flat(up) - flat(down)) / (2 * h), rtol=1e-5, atol=1e-6)
+    fine = top_eigenvalues(O, progress=False).values[0]
+    half = top_eigenvalues((model.bfloat16(), F.cross_entropy, [(a.bfloat16(), b) for a, b in data]), tol=.1, progress=False)
+    assert half.values[0] == pytest.approx(fine, rel=.2)
+    with torch.no_grad(): assert hessian_trace((model.double(), F.cross_entropy, data), most=3, progress=False).products == 3
+
+
+def test_the_ball_contains_its_centre():
+    class Hill(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros(3, dtype=f64))
+        def forward(self, x): return .1 * self.w[0] - 5 * self.w.square().sum()
+    found = ball_sharpness((Hill(), lambda z, y: z, [(torch.zeros(1), torch.zeros(1))]), 1., progress=False)
+    assert found.rise == 0 and found.one_step < 0 and all((e == 0).all() for e in found.eps)
 
 
 def test_shards_see_their_own_rows():
@@ -319,6 +404,8 @@ def test_what_cannot_be_measured():
         ('a number', lambda: Objective((model, lambda z, y: F.cross_entropy(z, y, reduction='none'), data)).value()),
         ('batches is empty', lambda: top_eigenvalues((model, F.cross_entropy, []), progress=False)),
         ('batch 1 at the weights is nan', lambda: Objective((model, F.cross_entropy, [data[0], (data[1][0] * math.nan, data[1][1])])).value()),
+        ('once only', lambda: Objective((model, F.cross_entropy, iter(data)))),
+        ('not one of the model', lambda: Objective((model, F.cross_entropy, data), params=lambda m: list(ice[0].parameters()))),
         ('rho=0', lambda: ball_sharpness((model, F.cross_entropy, data), 0)),
         ('k=0', lambda: top_eigenvalues((model, F.cross_entropy, data), 0)),
         ('most=1', lambda: hessian_trace((model, F.cross_entropy, data), most=1)),

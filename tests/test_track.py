@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sam_explained.sam import SAM
-from sam_explained.sharpness import Objective
+from sam_explained.sharpness import Objective, ball_sharpness
 from sam_explained.track import TrackSharpness, ball, lambda_1
 
 f32 = torch.float32
@@ -73,6 +73,20 @@ def test_an_interrupted_fit_leaves_no_columns_behind():
     learn.remove_cb(learn.stop)
     learn.fit(1)
     assert list(learn.recorder.metric_names).count('ball') == 1
+
+
+def test_two_of_them_and_results_with_errors():
+    "On two data sets; `ball_sharpness` itself instead of a function that takes the number out of it"
+    measure = partial(ball_sharpness, rho=.1, progress=False)
+    class Other(TrackSharpness): pass
+    learn = learner(net(), data(), [TrackSharpness(), Other(measure, batches=data(seed=7))], recorder=True)
+    learn.fit(2)
+    names = list(learn.recorder.metric_names)
+    assert [names.count(n) for n in ('ball', 'lambda_1', 'ball_sharpness')] == [1, 1, 1]
+    of = Objective((learn.model, nn.CrossEntropyLoss(), data(seed=7)))
+    assert learn.other.values[-1]['ball_sharpness'] == pytest.approx(measure(of).rise, rel=1e-5)
+    with pytest.raises(ValueError, match='different names'): TrackSharpness(lambda o: 1., lambda o: 2.)
+    with pytest.raises(ValueError, match='nothing has been measured'): TrackSharpness().plot()
 
 
 def test_not_while_looking_for_a_learning_rate(tmp_path):
