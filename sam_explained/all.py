@@ -9,11 +9,13 @@ __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'co
            'moved_mask', 'Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask', 'TopGradMask', 'DSTMask', 'SSAM',
            'Prefix', 'suffix_for', 'sparse_backward', 'with_ids', 'track_ids', 'forget_ids', 'History',
            'trajectory_loss', 'PastTerm', 'SAF', 'warm_decay', 'MeanTeacher', 'MESA', 'Objective', 'ball_sharpness',
-           'm_sharpness', 'top_eigenvalues', 'hessian_trace', 'hessian_spectrum', 'filter_normalized',
-           'random_direction', 'slice_1d', 'slice_2d', 'plot_slices', 'turn_slices', 'plane_through', 'slice_explorer',
-           'TrackSharpness']
+           'm_sharpness', 'top_eigenvalues', 'hessian_trace', 'hessian_spectrum', 'losses_at', 'filter_normalized',
+           'random_direction', 'slice_1d', 'slice_2d', 'plot_slices', 'eigen_directions', 'turn_slices',
+           'plane_through', 'slice_explorer', 'TrackSharpness', 'Journal', 'split_loaders', 'he_mlp', 'small_conv',
+           'SmallTransformer', 'task', 'Stack', 'StackData', 'fit_stack', 'SameDraws', 'CountPasses', 'EpochRows',
+           'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown', 'plot_compare', 'parse_method', 'sam_compare']
 
-# %% ../nbs/30_all.ipynb #7b829712
+# %% ../nbs/30_all.ipynb #99456502
 from .landscape import *
 from .core import *
 from .data import digits, docstrings, noisy
@@ -29,10 +31,17 @@ from .saf import *
 from .mesa import *
 from .sharpness import *
 from .hessian import *
+from .walk import *
 from .slices import *
+from .planes import *
 from .track import *
+from .journal import *
+from .tasks import *
+from .stacked import *
+from .compare import *
+from .command import *
 
-# %% ../nbs/30_all.ipynb #321f2586
+# %% ../nbs/30_all.ipynb #807547cc
 _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path',
          'descend', 'Frames', 'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats',
          'same_rng', 'same_hidden', 'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params',
@@ -40,5 +49,8 @@ _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'cont
          'TopGradMask', 'DSTMask', 'SSAM', 'Prefix', 'suffix_for', 'sparse_backward',
          'with_ids', 'track_ids', 'forget_ids', 'History', 'trajectory_loss', 'PastTerm', 'SAF', 'warm_decay',
          'MeanTeacher', 'MESA', 'Objective', 'ball_sharpness', 'm_sharpness', 'top_eigenvalues', 'hessian_trace',
-         'hessian_spectrum', 'filter_normalized', 'random_direction', 'slice_1d', 'slice_2d', 'plot_slices',
-         'turn_slices', 'plane_through', 'slice_explorer', 'TrackSharpness']
+         'hessian_spectrum', 'losses_at', 'filter_normalized', 'random_direction', 'slice_1d', 'slice_2d', 'plot_slices',
+         'eigen_directions', 'turn_slices', 'plane_through', 'slice_explorer', 'TrackSharpness', 'Journal',
+         'split_loaders', 'he_mlp', 'small_conv', 'SmallTransformer', 'task', 'Stack', 'StackData', 'fit_stack',
+         'SameDraws', 'CountPasses', 'EpochRows', 'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown',
+         'plot_compare', 'parse_method', 'sam_compare']

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Eigen', 'Trace', 'Lanczos', 'top_eigenvalues', 'hessian_trace', 'Spectrum', 'hessian_spectrum']
 
-# %% ../nbs/07a_hessian.ipynb #ffa3bd80
+# %% ../nbs/07a_hessian.ipynb #81b68238
 import math
 import warnings
 from collections import namedtuple
@@ -18,9 +18,10 @@ from fastcore.meta import delegates
 from scipy import stats
 from scipy.linalg import eigh_tridiagonal
 from .core import at_least
+from .gauss_newton import _empirical_fisher_map, _ggn_map
 from .sharpness import Objective, _bar, _checked, _count, _objective, _wide
 
-# %% ../nbs/07a_hessian.ipynb #4f1bc41d
+# %% ../nbs/07a_hessian.ipynb #a3cb7617
 class Lanczos:
     "The recursion (2) for a symmetric `product`, step by step, with full reorthogonalisation"
     def __init__(self,
@@ -47,7 +48,8 @@ class Lanczos:
         "One product"
         v = self.product(self.Q[-1])
         self.alpha.append((self.Q[-1] @ v).item())
-        if not math.isfinite(self.alpha[-1]): raise ValueError(f'product {len(self.alpha)} is not finite')
+        n = len(self.alpha)
+        if not math.isfinite(self.alpha[-1]): raise ValueError(f'product {n} is not finite')
         v = self._orthogonal(v)
         size = max(*map(abs, self.alpha), *self.beta, 0)
         norm = v.norm().item()
@@ -61,31 +63,33 @@ class Lanczos:
     def full(self): return len(self.beta) == self.Q.shape[1]
 
     def ritz(self):
-        "Estimates in ascending order, their vectors in terms of `Q` (columns), and $||Hu-\\theta u||$"
+        "Estimates, rising; their vectors in terms of `Q` (columns); and $||Hu-\\theta u||$"
         theta, S = eigh_tridiagonal(np.array(self.alpha), np.array(self.beta[:-1]))
         return theta, S, abs(self.beta[-1] * S[-1])
 
     def vector(self, s): return torch.tensor(s).to(self.Q) @ self.Q[:len(s)]
 
-# %% ../nbs/07a_hessian.ipynb #93855904
+# %% ../nbs/07a_hessian.ipynb #a369bce5
 Eigen = namedtuple('Eigen', 'values errors vectors products')
 Eigen.__doc__ = "Eigenvalues, an error for each, vectors (lists like the params), products made"
 
 @delegates(Objective)
 def top_eigenvalues(
-    of,              # a Learner, a tuple (model, loss_func, batches), or an `Objective`
+    of,              # Learner, (Learner, batches), (model, loss_func, batches) or `Objective`
     k=1,             # how many, an int from 1 up
     which='largest', # 'largest', 'smallest' (the most negative), or 'both': `k` of each
     tol=1e-3,        # stop when the error of each is below this share of it
     most=200,        # products at most; each keeps a copy of the weights
-    kind='hessian',  # or 'ggn', the generalised Gauss-Newton matrix
+    kind='hessian',  # or 'ggn' (Gauss-Newton matrix) or 'empirical_fisher'
+    adaptive=False,  # of $DHD$ with $D=\operatorname{diag}(|w|+\eta)$, eq. (3); vectors too
+    eta=0.01,        # $\eta\ge0$ in $D$
     progress=True,   # show a bar
     **kwargs
 ):
-    "The `k` largest eigenvalues of the Hessian of the mean loss by Lanczos, eq. (2): an `Eigen`"
+    "The `k` largest eigenvalues of the Hessian of the mean loss by Lanczos, (2): an `Eigen`"
     objective = _objective(of, **kwargs)
     _check_count(k, which, most, objective)
-    with _product(objective, kind) as product:
+    with _product(objective, kind, adaptive, eta) as product:
         L = Lanczos(product, _as_weights(_normal, objective))
         for j in _bar(range(most), progress):
             L.step()
@@ -94,16 +98,17 @@ def top_eigenvalues(
             errors = _errors(theta, r)[i]
             enough = len(theta) >= k * (1 + (which == 'both'))
             if L.full or enough and (errors <= tol * _size(theta, i)).all(): break
-        else: warnings.warn(f'the errors are above {tol} of the eigenvalues after {most} products')
+        else: warnings.warn(f'errors are above {tol} of the eigenvalues after {most} products')
     vectors = [_like(L.vector(S[:, c]), objective.params) for c in i]
     return Eigen(theta[i], errors, vectors, j + 1)
 
-# %% ../nbs/07a_hessian.ipynb #25e00286
+# %% ../nbs/07a_hessian.ipynb #e5faff79
 def _check_count(k, which, most, objective):
     n = sum(w.numel() for w in objective.params)
     at_least('k', k, 1, whole=True), at_least('most', most, 1, whole=True)
     if k > n: raise ValueError(f'k={k!r} must be an int in [1, {n}], the number of weights')
-    if which not in ('largest', 'smallest', 'both'): raise ValueError(f"which={which!r} must be 'largest', 'smallest' or 'both'")
+    if which not in ('largest', 'smallest', 'both'):
+        raise ValueError(f"which={which!r} must be 'largest', 'smallest' or 'both'")
 
 def _ends(n, k, which):
     "Indices into n ascending numbers, the largest first"
@@ -130,63 +135,112 @@ def _as_weights(draw, objective, k=0):
     w = _flat(objective.params)
     return draw(len(w), objective.seed + 1000 * k).to(w.device, torch.promote_types(w.dtype, torch.float32))
 
-# %% ../nbs/07a_hessian.ipynb #037a889f
+# %% ../nbs/07a_hessian.ipynb #bd67240e
+def _hessian_map(objective, loss):
+    g = objective._grad(loss, create_graph=True)
+    return lambda v: objective._derivative(g, v, retain_graph=True)
+
+_kinds = {                       # the product over all batches; the map for one batch, of its outputs, targets and loss
+    'hessian': (Objective.hvp, lambda o, z, yb, loss: _hessian_map(o, loss)),
+    'ggn': (Objective.ggn, lambda o, z, yb, loss: _ggn_map(o, z, yb)),
+    'empirical_fisher': (Objective.empirical_fisher, lambda o, z, yb, loss: _empirical_fisher_map(o, z, yb)),
+}
+
 @contextmanager
-def _product(objective, kind):
-    "The product as a function of flat vectors; with a single batch, the graph of its gradient is kept and used again"
-    if kind not in ('hessian', 'ggn'): raise ValueError(f"kind={kind!r} must be 'hessian' or 'ggn'")
-    params = objective.params
-    if kind == 'ggn' or _count(objective.data) != 1:
-        f = objective.hvp if kind == 'hessian' else objective.ggn
-        yield lambda v: _flat(f(_like(v, params)))
+def _linear(objective, kind):
+    "The product with lists of tensors; with a single batch, the graph of its gradient is kept and used again"
+    everywhere, of_batch = _kinds[kind]
+    if _count(objective.data) != 1:
+        yield lambda v: everywhere(objective, v)
         return
     with objective.held(), torch.enable_grad():
         (xb, yb, _), = objective.batches()
-        loss = _checked(objective.loss_func(objective.model(*xb), *yb), 0, None)
-        g = objective._grad(loss, create_graph=True)
-        yield lambda v: _flat(map(_wide, objective._derivative(g, _like(v, params), retain_graph=True)))
+        z = objective.model(*xb)
+        yield of_batch(objective, z, yb, _checked(objective.loss_func(z, *yb), 0, None))
 
-# %% ../nbs/07a_hessian.ipynb #b1383a18
+@contextmanager
+def _product(objective, kind='hessian', adaptive=False, eta=.01):
+    "The product as a function of flat vectors, eq. (3) if `adaptive`"
+    if kind not in _kinds: raise ValueError(f"kind={kind!r} must be {', '.join(map(repr, _kinds))}")
+    at_least('eta', eta, 0)
+    D = _flat(map(_wide, objective.params)).abs() + eta if adaptive else 1
+    with _linear(objective, kind) as product:
+        yield lambda v: D * _flat(map(_wide, product(_like(D * v, objective.params))))
+
+# %% ../nbs/07a_hessian.ipynb #c52d3b1c
 Trace = namedtuple('Trace', 'value error products')
 Trace.__doc__ = "An estimate, its standard error, and how many products were made"
 
 @delegates(Objective)
 def hessian_trace(
-    of,             # a Learner, a tuple (model, loss_func, batches), or an `Objective`
-    tol=0.05,       # stop when the standard error is below this share; after ten products at least
+    of,             # Learner, (Learner, batches), (model, loss_func, batches) or `Objective`
+    tol=0.05,       # stop when the standard error is below this share; not before ten products
     most=100,       # products at most, an int from 2 up
-    kind='hessian', # or 'ggn'
+    kind='hessian', # or 'ggn', 'empirical_fisher'
+    adaptive=False, # of $DHD$, eq. (3)
+    eta=0.01,       # $\eta\ge0$ in $D$
     progress=True,  # show a bar
     **kwargs
 ):
     "The trace of the Hessian of the mean loss by Hutchinson's estimator: a `Trace`"
     objective, found = _objective(of, **kwargs), []
     at_least('most', most, 2, whole=True), at_least('tol', tol, 0)
-    with _product(objective, kind) as product:
+    with _product(objective, kind, adaptive, eta) as product:
         for k in _bar(range(most), progress):
             z = _as_weights(_signs, objective, k)
             found.append((z @ product(z)).item())
             if k >= 9 and stats.sem(found) <= tol * abs(np.mean(found)): break
     return Trace(float(np.mean(found)), float(stats.sem(found)), len(found))
 
-# %% ../nbs/07a_hessian.ipynb #a1b83ff5
+# %% ../nbs/07a_hessian.ipynb #b7658263
 class Spectrum:
-    "Where the eigenvalues lie: `nodes`, `weights` that sum to 1, and `n`, how many there are"
-    def __init__(self, nodes, weights, n): store_attr()
+    "Where the eigenvalues lie, with an error: means over `starts` random vectors"
+    def __init__(self,
+        nodes,    # numbers, those of the first start, then of the next, ...
+        weights,  # of the nodes; they sum to 1
+        n,        # how many eigenvalues there are
+        starts=1, # as many nodes for each
+    ): store_attr()
+
+    def _each(self, f):
+        "The weighted sum of `f(nodes)`, a column for each start"
+        shares = self.weights * f(self.nodes)
+        return self.starts * shares.reshape(*shares.shape[:-1], self.starts, -1).sum(-1)
+
+    def _bumps(self, x, width):
+        def normal(nodes): return stats.norm.pdf(np.asarray(x)[..., None], nodes, width)
+        return self._each(normal)
 
     def __call__(self, x, width):
-        "The density at the numbers `x`, smoothed by a normal distribution of deviation `width`"
-        z = (np.asarray(x)[:, None] - self.nodes) / width
-        return (self.weights * np.exp(-z**2 / 2)).sum(1) / (width * math.sqrt(2 * math.pi))
+        "The density at `x`, smoothed by a normal distribution of deviation `width`"
+        return self._bumps(x, width).mean(-1)
 
-    def above(self, x): return self.weights[self.nodes > x].sum()
+    def error(self, x, width):
+        "The standard error of the density over the starts; nan for one start"
+        return _sem(self._bumps(x, width))
 
+    def above(self, x):
+        "The share of the eigenvalues above the number `x`"
+        return self._each(lambda nodes: nodes > x).mean()
+
+    def above_error(self, x):
+        "Its standard error over the starts; nan for one start"
+        return _sem(self._each(lambda nodes: nodes > x))
+
+# %% ../nbs/07a_hessian.ipynb #73771b42
+def _sem(each):
+    "Standard error of the mean along the last dimension"
+    return stats.sem(each, axis=-1) if each.shape[-1] > 1 else np.full(each.shape[:-1], np.nan)[()]
+
+# %% ../nbs/07a_hessian.ipynb #fc0163fe
 @delegates(Objective)
 def hessian_spectrum(
-    of,             # a Learner, a tuple (model, loss_func, batches), or an `Objective`
-    starts=4,       # random vectors, an int from 1 up
+    of,             # Learner, (Learner, batches), (model, loss_func, batches) or `Objective`
+    starts=4,       # random vectors, an int from 1 up; from 2 up there is a standard error
     steps=40,       # products for each, an int from 1 up
-    kind='hessian', # or 'ggn'
+    kind='hessian', # or 'ggn', 'empirical_fisher'
+    adaptive=False, # of $DHD$, eq. (3)
+    eta=0.01,       # $\eta\ge0$ in $D$
     progress=True,  # show a bar
     **kwargs
 ):
@@ -194,29 +248,10 @@ def hessian_spectrum(
     at_least('starts', starts, 1, whole=True), at_least('steps', steps, 1, whole=True)
     objective, nodes, weights = _objective(of, **kwargs), [], []
     n = sum(w.numel() for w in objective.params)
-    with _product(objective, kind) as product:
+    with _product(objective, kind, adaptive, eta) as product:
         for k in _bar(range(starts), progress):
             L = Lanczos(product, _as_weights(_normal, objective, k))
             for _ in range(min(steps, n)): L.step()
             theta, S, _ = L.ritz()
             nodes.append(theta), weights.append(S[0]**2 / starts)
-    return Spectrum(np.concatenate(nodes), np.concatenate(weights), n)
-
-# %% ../nbs/07a_hessian.ipynb #b87a2678
-@patch
-def ggn(self:Objective, v, eps=None):
-    "The product $Gv$ of the Gauss-Newton matrix, eq. (3), at the weights plus `eps`, for a list `v`"
-    seen, other = [], copy(self)
-    def keep(out, *yb):
-        seen[:] = out, yb
-        return self.loss_func(out, *yb)
-    def product(loss):
-        (z, yb), t = seen, torch.zeros_like(seen[0], requires_grad=True)
-        JT = self._grad(z, grad_outputs=t, create_graph=True)
-        JT, u = zip(*[(a, b) for a, b in zip(JT, v) if a.requires_grad])
-        Jv, = torch.autograd.grad(JT, t, u)
-        free = z.detach().requires_grad_()
-        dz, = torch.autograd.grad(self.loss_func(free, *yb), free, create_graph=True)
-        return self._grad(z, grad_outputs=torch.autograd.grad(dz, free, Jv)[0])
-    other.loss_func = keep
-    with torch.enable_grad(): return other.mean(product, eps)
+    return Spectrum(np.concatenate(nodes), np.concatenate(weights), n, starts)

@@ -22,19 +22,20 @@ def lambda_1(objective):
     "The largest eigenvalue of the Hessian, to one per cent"
     return top_eigenvalues(objective, tol=.01, progress=False).values[0]
 
-# %% ../nbs/07c_track.ipynb #369e2e7b
+# %% ../nbs/07c_track.ipynb #2d482b3d
 class TrackSharpness(Callback):
     "Measures the training loss while it trains: columns, and `values`, a dict per measurement"
     order, run_valid = 45, False           # before the Recorder collects the columns
+    @delegates(Objective)
     def __init__(self,
         *measures,    # functions of an `Objective`, to a number; none: `ball` and `lambda_1`
         every=1,      # after every so many epochs, an int from 1 up, and after the last
         batches=None, # a list of batches or a loader to measure on; None: the training set
-        **kwargs      # of the `Objective`: params, batch_stats, dropout, seed
+        **kwargs
     ):
         at_least('every', every, 1, whole=True)
         names = [_name(f) for f in measures]
-        if len(set(names)) < len(names): raise ValueError(f'measures must have different names, not {names}')
+        _check_names(names)
         self.measures, self.every, self.values = measures or (ball, lambda_1), every, []
         self.batches, self.kwargs = batches, kwargs
 
@@ -48,8 +49,7 @@ class TrackSharpness(Callback):
     def after_train(self):
         last = self.epoch == self.n_epoch - 1
         if self.finding or not (last or (self.epoch + 1) % self.every == 0): return
-        data = ifnone(self.batches, self.dls.train)
-        objective = Objective((get_model(self.model), self.loss_func, data), **self.kwargs)
+        objective = Objective((self.learn, ifnone(self.batches, self.dls.train)), **self.kwargs)
         found = {_name(f): _number(f, objective) for f in self.measures}
         self.values.append({'epoch': self.epoch, 'loss': objective.value(), **found})
 
@@ -61,20 +61,26 @@ class TrackSharpness(Callback):
         import matplotlib.pyplot as plt
         if not self.values: raise ValueError('nothing has been measured yet')
         names = [k for k in self.values[0] if k != 'epoch']
-        size, epochs = (6, 1 + 1.5 * len(names)), [v['epoch'] for v in self.values]
+        size, epochs = (4.8, 1 + 1.3 * len(names)), [v['epoch'] for v in self.values]
         fig, axs = plt.subplots(len(names), 1, figsize=size, sharex=True, squeeze=False)
         for ax, name in zip(axs.flat, names):
-            ax.plot(epochs, [v[name] for v in self.values], marker='o', ms=3)
+            ax.plot(epochs, [v[name] for v in self.values], color='0.5', marker='o', ms=3)
             ax.set_ylabel(name)
         ax.set_xlabel('epoch')
         return fig
 
-# %% ../nbs/07c_track.ipynb #aacf5cb5
+# %% ../nbs/07c_track.ipynb #facb0135
 def _name(f): return getattr(f, '__name__', None) or getattr(getattr(f, 'func', None), '__name__', type(f).__name__)
+
+def _check_names(names):
+    if len(set(names)) < len(names): raise ValueError(f'measures must have different names, not {names}')
+    if taken := {'epoch', 'loss'} & set(names):
+        raise ValueError(f'measures: the name {min(taken)!r} is taken, the column is there anyway')
 
 def _number(f, objective):
     found = f(objective)
     if isinstance(found, tuple): found = found[0]           # a `Ball`, an `Eigen`, a `Trace`
+    if torch.is_tensor(found): found = found.detach().cpu()
     return float(np.ravel(found)[0])
 
 def _left(metric, cb):

@@ -1,4 +1,5 @@
 """Measures of sharpness against dense Hessians and an independent library; and a model that comes back as it was."""
+import copy
 import math
 import random
 import sys
@@ -8,16 +9,24 @@ import curvlinops
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.data as tud
 from conftest import assert_same, batches, learner, snapshot
-from fastai.basics import Callback, DataLoaders, Learner
+from fastai.basics import Callback, CrossEntropyLossFlat, DataLoaders, Learner
+from fastai.callback.rnn import rnn_cbs
 from fastai.data.load import DataLoader
+from fastai.text.models import AWD_LSTM, awd_lstm_clas_config, awd_lstm_lm_config, get_language_model, get_text_classifier
+from fastai.text.models.awdlstm import EmbeddingDropout, RNNDropout, WeightDropout
 from hypothesis import given, strategies as st
 from scipy.sparse.linalg import eigsh
 from torch import nn
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
+from sam_explained import sharpness
+from sam_explained.core import ascent, grad_norm
+from sam_explained.data import docstrings
 from sam_explained.hessian import hessian_spectrum, hessian_trace, top_eigenvalues
 from sam_explained.sharpness import Objective, ball_sharpness, m_sharpness
 
@@ -220,6 +229,301 @@ def test_masks_do_not_depend_on_what_the_loader_draws():
     assert a == b
 
 
+# Everything that draws, and only if asked for -----------------------------------------------------------------------
+
+class Own(nn.Module):
+    "Dropout without a module"
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+    def forward(self, x): return F.dropout(self.a(x), .5, self.training)
+
+class Part(nn.Module):
+    "The output of a layer that gives several"
+    def __init__(self, layer, *more):
+        super().__init__()
+        self.layer, self.more = layer, more
+    def forward(self, x): return self.layer(x, *(x for _ in self.more))[0]
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = EmbeddingDropout(nn.Embedding(7, 4), .5)
+    def forward(self, x): return self.table(x[..., 0].abs().mul(2).long().clamp(0, 6))
+
+drawing = {
+    'lstm': lambda: Part(nn.LSTM(4, 4, 2, dropout=.5, batch_first=True)), 'gru': lambda: Part(nn.GRU(4, 4, 2, dropout=.5, batch_first=True)),
+    'attention': lambda: Part(nn.MultiheadAttention(4, 2, .5, batch_first=True), 'key', 'value'),
+    'transformer': lambda: nn.TransformerEncoderLayer(4, 2, 8, .5, batch_first=True), 'own': Own,
+    'fastai': lambda: nn.Sequential(Words(), RNNDropout(.5), Part(WeightDropout(nn.LSTM(4, 4, batch_first=True), .5))),
+    'drop': lambda: nn.Sequential(nn.Dropout1d(.5), nn.AlphaDropout(.5), nn.FeatureAlphaDropout(.5), nn.RReLU(), nn.Linear(4, 4)),
+}
+
+
+class Averaged(nn.Module):
+    "A batch norm of one's own"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('running_mean', torch.ones(4))
+    def forward(self, x): return x - (x.mean((0, 1)) if self.training else self.running_mean)
+
+
+@pytest.mark.parametrize('stats', [False, True])
+@pytest.mark.parametrize('name', drawing)
+def test_as_in_training_and_as_in_use(name, stats):
+    "The same numbers as a plain loop in the same mode with the same seeds, with any layer that draws"
+    torch.manual_seed(0)
+    norms = nn.BatchNorm1d(5), Averaged()
+    model = nn.Sequential(drawing[name](), *norms, nn.Flatten(), nn.Linear(20, 3))
+    x, y = torch.randn(9, 5, 4), torch.randint(0, 3, (9,))
+    data = list(zip(x.split(5), y.split(5)))
+    for on in (False, True):
+        for mode in (False, True):
+            model.train(on)
+            for m in norms: m.train(stats)
+            before, by_hand = whole(model), 0.
+            for i, (a, b) in enumerate(data):
+                torch.manual_seed(7 + i)
+                by_hand += len(b) * F.cross_entropy(model(a), b).item() / 9
+            model.load_state_dict({k: before[k] for k in model.state_dict()})
+            model.train(mode)
+            O = Objective((model, F.cross_entropy, data), dropout=on, batch_stats=stats, seed=7)
+            assert [O.value(), O.gradient()[0]] == pytest.approx([by_hand] * 2, rel=1e-6)
+    assert O.value() != pytest.approx(Objective((model, F.cross_entropy, data), batch_stats=stats).value(), rel=1e-5)
+
+
+def test_value_and_gradient_are_of_one_function():
+    "PyTorch's fast path for transformers returns zeros where a text is padded, and is taken without a gradient only"
+    torch.manual_seed(0)
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True), 2)
+            self.out = nn.Linear(4, 3)
+        def forward(self, x, pad): return self.out(self.body(x, src_key_padding_mask=pad).mean(1))
+    pad = torch.arange(5) >= torch.tensor([5, 3, 2, 4])[:, None]
+    O = Objective((Reader(), F.cross_entropy, [(torch.randn(4, 5, 4), pad, torch.randint(0, 3, (4,)))]))
+    was = torch.backends.mha.get_fastpath_enabled()
+    assert O.value() == O.gradient()[0] and was is torch.backends.mha.get_fastpath_enabled() is True
+
+
+class Cards:
+    "Two GPUs: their random states, and what was set where"
+    def __init__(self): self.states, self.put = {0: torch.arange(3), 1: torch.arange(4)}, []
+    def get_rng_state(self, device): return self.states[device.index]
+    def set_rng_state(self, state, device):
+        self.states[device.index] = state
+        self.put.append((device.index, state))
+
+
+@pytest.mark.parametrize('kind', ['cuda:1', 'mps'])
+def test_the_other_devices_are_not_reseeded(kind, monkeypatch):
+    model, data = made('dense')
+    cards, everywhere = Cards(), []
+    if kind == 'mps':
+        monkeypatch.setattr(cards, 'get_rng_state', lambda: cards.states[1])
+        monkeypatch.setattr(cards, 'set_rng_state', lambda state: Cards.set_rng_state(cards, state, torch.device('mps:1')))
+    class Anywhere(torch.Generator):
+        "There is no such device here"
+        def __new__(cls, device='cpu'): return super().__new__(cls)
+    for module in (torch.cuda, torch.mps, torch.xpu):
+        monkeypatch.setattr(module, 'manual_seed_all' if module is not torch.mps else 'manual_seed', everywhere.append)
+    monkeypatch.setattr(torch, 'get_device_module', lambda device: cards)
+    monkeypatch.setattr(torch, 'Generator', Anywhere)
+    monkeypatch.setattr(sharpness, 'to_device', lambda b, device: b)
+    O = Objective((model, F.cross_entropy, data), dropout=True, seed=3)
+    usual, O.device = O.value(), torch.device(kind)
+    for _ in range(2):
+        cards.put.clear()
+        assert O.value() == usual
+        seeds = [torch.Generator().manual_seed(s).get_state() for s in (3, 3, 4, 5)]
+        assert {i for i, _ in cards.put} == {1} and len(cards.put) == 6
+        assert all(map(torch.equal, seeds, [state for _, state in cards.put[1:-1]]))
+    assert torch.equal(cards.states[1], torch.arange(4)) and torch.equal(cards.states[0], torch.arange(3)) and not everywhere
+
+
+# Text -----------------------------------------------------------------------------------------------------------------
+
+small = dict(emb_sz=4, n_hid=6, n_layers=2)
+
+def untrained():
+    torch.manual_seed(0)
+    model = get_language_model(AWD_LSTM, 9, config=dict(awd_lstm_lm_config, **small)).double()
+    model.reset()
+    return model
+
+
+def twin_of(model):
+    twin = untrained()
+    twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def reader():
+    "A trained language model: it returns three things, and remembers where it has been"
+    model = untrained()
+    words = torch.randint(0, 9, (12, 6))
+    data = [(words[i:i + 4, :-1], words[i:i + 4, 1:]) for i in (0, 4, 8)]
+    learn = learner(model, data, rnn_cbs(alpha=2., beta=1.), loss_func=per_word)
+    learn.fit(2)
+    model(data[0][0])
+    return learn, model, data
+
+
+def per_word(z, y): return F.cross_entropy(z.flatten(0, -2), y.flatten())      # CrossEntropyLossFlat rounds to single precision
+def memories(model): return [h for pair in model[0].hidden for h in pair]
+
+
+def loop(model, data):
+    "The mean loss by hand, with a graph; hidden states run on from batch to batch"
+    model.eval(), model.reset()
+    return sum(len(y) * per_word(model(x)[0], y) for x, y in data) / sum(len(y) for _, y in data)
+
+
+def test_a_language_model():
+    "Loss, gradient and products of its first output, from a fresh memory, which is afterwards what it was"
+    learn, model, data = reader()
+    by_hand, O = loop(twin_of(model), data), Objective(learn)
+    v = [torch.randn_like(w) for w in O.params]
+    for x, _ in data[:2]:
+        model.train()(x)
+        before, kept = [h.clone() for h in memories(model)], memories(model)
+        value, (loss, g), Hv = O.value(), O.gradient(), O.hvp(v)
+        assert value == loss == pytest.approx(by_hand.item(), rel=1e-9)
+        assert all(map(torch.equal, before, memories(model))) and max(h.abs().max() for h in before) > 0
+        assert model.training and not model._forward_hooks
+        assert O.value([.1 * x for x in v]) != value
+        for rnn in model[0].rnns: assert torch.equal(rnn.module.weight_hh_l0, rnn.weight_hh_l0_raw)
+    twin = twin_of(model)
+    expected = torch.autograd.grad(loop(twin, data), list(twin.parameters()), create_graph=True)
+    product = torch.autograd.grad(expected, list(twin.parameters()), v)
+    for a, b in ((g, expected), (Hv, product)): torch.testing.assert_close(flat(a), flat(b), rtol=1e-9, atol=1e-11)
+    assert Objective((learn, data[:1])).value() == pytest.approx(loop(twin, data[:1]).item(), rel=1e-9)
+
+
+def test_a_tuple_takes_its_output_as_told():
+    "Shards go into `held` twice; the output is picked once. The Gauss-Newton matrix sees it too"
+    learn, model, data = reader()
+    class First(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+        def forward(self, x):
+            model.reset()
+            return model(x)[0]
+    model.reset()
+    one, loss = data[:1], per_word
+    plain_, ours = Objective((First(), loss, one)), Objective((model, loss, one), output=lambda out: out[0])
+    v = [torch.randn_like(w) for w in ours.params]
+    for a, b in ((plain_.ggn(v), ours.ggn(v)), (plain_.hvp(v), ours.hvp(v)), (plain_.ggn(v), Objective((learn, one)).ggn(v))):
+        torch.testing.assert_close(flat(a), flat(b), rtol=1e-9, atol=1e-12)
+    found = [m_sharpness(o, 2, progress=False).rise for o in (plain_, ours, Objective((learn, one)))]
+    assert found == pytest.approx([found[0]] * 3, rel=1e-9) and found[0] > 0
+    assert top_eigenvalues(ours, progress=False).values == pytest.approx(top_eigenvalues(plain_, progress=False).values)
+    class Named(nn.Linear):
+        def forward(self, x): return {'logits': super().forward(x)}
+    torch.manual_seed(0)
+    named, rows = Named(5, 3), [(torch.randn(4, 5), torch.randint(0, 3, (4,)))]
+    by_name = Objective((named, F.cross_entropy, rows), output=lambda out: out['logits'])
+    assert by_name.value() == pytest.approx(F.cross_entropy(F.linear(rows[0][0], *named.parameters()), rows[0][1]).item())
+    assert m_sharpness(by_name, 2, progress=False).rise > 0 and isinstance(named(rows[0][0]), dict)
+    with pytest.raises(KeyError): Objective((named, F.cross_entropy, rows), output=lambda out: out['no']).value()
+    assert not named._forward_hooks
+
+
+def test_a_text_classifier():
+    "Docstrings, padded; batch norm in its head"
+    dls = docstrings(bs=16, packages=('numpy', 'torch'), per_package=20, vocab_size=50, seq_len=12, device='cpu')
+    torch.manual_seed(0)
+    model = get_text_classifier(AWD_LSTM, len(dls.vocab[0]), 2, config=dict(awd_lstm_clas_config, **small), pad_idx=0)
+    learn = Learner(dls, model, CrossEntropyLossFlat(), cbs=rnn_cbs(alpha=2., beta=1.))
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    O, ds, model = Objective(learn), dls.train_ds, model.eval()
+    assert len(ds) == 32
+    value, (_, ours) = O.value(), O.gradient()
+    by_hand = F.cross_entropy(model(ds.x)[0], ds.y)
+    assert value == pytest.approx(by_hand.item(), rel=1e-5)
+    g = torch.autograd.grad(by_hand, O.params, allow_unused=True, materialize_grads=True)
+    torch.testing.assert_close(flat(ours), flat(g), rtol=1e-3, atol=1e-6)
+    found = ball_sharpness(learn, .1, progress=False)
+    with torch.no_grad():
+        for w, e in zip(O.params, found.eps): w += e
+    assert found.rise == pytest.approx(F.cross_entropy(model(ds.x)[0], ds.y).item() - by_hand.item(), rel=1e-4) and found.rise > 0
+
+
+# Wrapped, compiled, of several types ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def group(tmp_path):
+    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/group', rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_wrappers_for_several_devices_are_taken_off(group):
+    "A Learner's model and one in a tuple: the wrapper would wait for other processes, which need not measure"
+    for wrap in (nn.DataParallel, DistributedDataParallel):
+        model, data = made('dense')
+        truth, wrapped = Objective((model, F.cross_entropy, data)), wrap(model)
+        v, calls = [torch.randn_like(w) for w in truth.params], []
+        hook = wrapped.register_forward_pre_hook(lambda *_: calls.append(1))
+        for O in (Objective((wrapped, F.cross_entropy, data)), Objective(learner(wrapped, data, loss_func=F.cross_entropy))):
+            assert O.value() == pytest.approx(truth.value(), rel=1e-9)
+            torch.testing.assert_close(flat(O.hvp(v)), flat(truth.hvp(v)), rtol=1e-9, atol=1e-11)
+        assert not calls
+        hook.remove()
+        F.cross_entropy(wrapped(data[0][0]), data[0][1]).backward()
+
+
+@pytest.mark.parametrize('where', ['whole', 'part', 'in place'])
+def test_a_compiled_model(where):
+    "By a backend without a second derivative; the measure does without it, and the model stays compiled"
+    model, data = made('tied' if where == 'in place' else 'dense')     # what is in place is compiled for own classes only
+    truth = Objective((copy.deepcopy(model), F.cross_entropy, data))
+    if where == 'whole': model = torch.compile(model, backend='aot_eager')
+    elif where == 'part': model[3] = torch.compile(model[3], backend='aot_eager')
+    else: model.compile(backend='aot_eager')
+    with pytest.raises(RuntimeError, match='double backward'):
+        loss = F.cross_entropy(model(data[0][0]), data[0][1])
+        g = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+        torch.autograd.grad(sum(x.sum() for x in g), list(model.parameters()))
+    v = [torch.randn_like(w) for w in truth.params]
+    O = Objective((model, F.cross_entropy, data), output=lambda out: out)
+    torch.testing.assert_close(flat(O.hvp(v)), flat(truth.hvp(v)), rtol=1e-9, atol=1e-11)
+    assert O.value() == pytest.approx(truth.value(), rel=1e-9)
+
+
+def test_weights_of_two_types():
+    "Single and double precision in one model"
+    torch.manual_seed(0)
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3).double()
+        def forward(self, x): return self.b(self.a(x.to(self.a.weight.dtype)).tanh().double())
+    model, (_, data) = Mixed(), made('dense')
+    O, fine = Objective((model, F.cross_entropy, data)), Objective((copy.deepcopy(model).double(), F.cross_entropy, data))
+    ball, exact = (ball_sharpness(o, .1, progress=False) for o in (O, fine))
+    assert ball.rise == pytest.approx(exact.rise, rel=1e-4) and ball.passes == exact.passes
+    assert [w.dtype for w in model.parameters()] == [torch.float32] * 2 + [f64] * 2
+    v = [torch.randn_like(w) for w in O.params]
+    torch.testing.assert_close(flat(O.hvp(v)), flat(fine.hvp([x.double() for x in v])), rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_weights():
+    "Each weight moves in its own coarse steps, so the rise is good to some per cent; the weights come back to the bit"
+    model, data = made('dense')
+    half = [(x.bfloat16(), y) for x, y in data]
+    fine = ball_sharpness((model, F.cross_entropy, data), .5, progress=False)
+    model.bfloat16()
+    before = whole(model)
+    O = Objective((model, F.cross_entropy, half))
+    coarse = ball_sharpness(O, .5, progress=False)
+    assert coarse.rise == pytest.approx(fine.rise, rel=.05)
+    assert {e.dtype for e in coarse.eps} == {torch.float32} and grad_norm(coarse.eps).item() == pytest.approx(.5, rel=1e-3)
+    assert_same(before, whole(model))
+
+
 # As it was ----------------------------------------------------------------------------------------------------------
 
 measures = {
@@ -391,7 +695,55 @@ def test_shards_see_their_own_rows():
     parts = [(x[i:i + 2], y[i:i + 2]) for x, y in data for i in range(0, len(y), 2)]
     total = sum(len(p[1]) * ball_sharpness((model, F.cross_entropy, [p]), .1, 1, progress=False).rise for p in parts)
     ours = m_sharpness((model, F.cross_entropy, data), 2, .1, progress=False)
-    assert ours == pytest.approx(total / 11, rel=1e-9) and ours > ball_sharpness((model, F.cross_entropy, data), .1, progress=False).rise
+    assert ours.rise == pytest.approx(total / 11, rel=1e-9) and ours.n == 6
+    assert ours.rise > ball_sharpness((model, F.cross_entropy, data), .1, progress=False).rise
+
+
+def test_the_error_of_the_mean_over_shards():
+    "Equal shards: the usual standard error; unequal ones: as often as the mean of random shards says; one: no number"
+    model, data = made('dense', (12,))
+    def m(k, data): return m_sharpness((model, F.cross_entropy, data), k, .1, progress=False)
+    each = [m(3, [(data[0][0][i:i + 3], data[0][1][i:i + 3])]) for i in range(0, 12, 3)]
+    assert all(math.isnan(e.error) and e.n == 1 for e in each)
+    rises = [e.rise for e in each]
+    assert m(3, data).error == pytest.approx(np.std(rises, ddof=1) / 2, rel=1e-6)
+    rows, gen = np.array([3, 3, 2, 3, 1, 2] * 5), np.random.default_rng(0)
+    found = [sharpness._over_shards(gen.normal(size=30), rows) for _ in range(3000)]
+    assert np.mean([f.error**2 for f in found]) == pytest.approx(np.var([f.rise for f in found]), rel=.1)
+
+
+@pytest.mark.parametrize('ball', [dict(p=math.inf), dict(adaptive=True), dict(adaptive=True, eta=.5), dict(steps=4)], ids=str)
+def test_shards_in_other_balls(ball):
+    model, data = made('dense', (3, 3))
+    parts = [ball_sharpness((model, F.cross_entropy, [d]), .1, progress=False, **dict(dict(steps=1), **ball)).rise for d in data]
+    ours = m_sharpness((model, F.cross_entropy, data), 3, .1, progress=False, **ball).rise
+    assert ours == pytest.approx(np.mean(parts), rel=1e-9)
+    assert ours != pytest.approx(m_sharpness((model, F.cross_entropy, data), 3, .1, progress=False).rise, rel=1e-6)
+    with pytest.raises(ValueError, match='eta'): m_sharpness((model, F.cross_entropy, data), 3, adaptive=True, eta=-1, progress=False)
+
+
+def test_what_ended_the_search():
+    "The tolerance; the step limit; a step that went down; a point without a gradient"
+    model, data = made('dense')
+    O = Objective((model, F.cross_entropy, data))
+    done, cut_off = (ball_sharpness(O, .5, steps=k, progress=False) for k in (50, 2))
+    assert done.converged and done.passes < 50 and not cut_off.converged and cut_off.passes == 3
+    by_hand, g = [], O.gradient()[1]
+    for _ in range(done.passes - 1):
+        loss, g = O.gradient(ascent(g, .5))
+        by_hand.append(loss - O.value())
+    gains = [(b - a) / b for a, b in zip(by_hand, by_hand[1:])]
+    assert abs(gains[-1]) <= 1e-3 < min(gains[:-1], default=1) and done.rise == pytest.approx(max(by_hand), rel=1e-9)
+    class Wave(nn.Module):
+        "Its slope at 2 points back, to where it has been"
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.zeros((), dtype=f64))
+        def forward(self, x): return (self.w + .1).sin()
+    flat_, up = (ball_sharpness((m, lambda z, y: z, [(torch.zeros(1), torch.zeros(1))]), 2., progress=False)
+                 for m in (nn.Sequential(Wave(), nn.Hardtanh(-1, 0)), Wave()))
+    assert not flat_.converged and flat_.rise == 0 and not up.converged
+    with pytest.raises(ValueError, match='tol=-1'): ball_sharpness(O, tol=-1)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
@@ -411,6 +763,7 @@ def test_what_cannot_be_measured():
         ('most=1', lambda: hessian_trace((model, F.cross_entropy, data), most=1)),
         ('starts=0', lambda: hessian_spectrum((model, F.cross_entropy, data), 0)),
     ]
+    with pytest.raises(TypeError, match='model whose forward'): Objective((model, F.cross_entropy, [dict(x=data[0][0], y=data[0][1])])).value()
     two, before = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2, device='meta')]), whole(model)
     for told, f in cases:
         with pytest.raises(ValueError, match=told): f()

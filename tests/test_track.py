@@ -38,8 +38,8 @@ def test_the_numbers_are_those_measured_afterwards():
         order = 44
         def before_fit(self): self.kept = []
         def after_train(self): self.kept.append({k: v.clone() for k, v in self.model.state_dict().items()})
-    def loss(of): return of.value()
-    learn = learner(net(), data(), [Copies(), TrackSharpness(ball, lambda_1, loss, every=2, dropout=True)], recorder=True)
+    def height(of): return of.value()
+    learn = learner(net(), data(), [Copies(), TrackSharpness(ball, lambda_1, height, every=2, dropout=True)], recorder=True)
     learn.fit(5)
     values = learn.track_sharpness.values
     assert [v['epoch'] for v in values] == [1, 3, 4]
