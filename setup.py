@@ -13,6 +13,6 @@ setup(
     license='Apache-2.0', url=facts['git_url'].replace('%(user)s', facts['user']).replace('%(repo)s', facts['repo']),
     author=facts['author'], author_email=facts['author_email'], keywords=facts['keywords'].split(),
     packages=find_packages(include=['sam_explained*']), python_requires='>=' + facts['min_python'],
-    install_requires=facts['requirements'].split(), extras_require={'dev': facts['dev_requirements'].split()},
+    install_requires=facts['requirements'].split(), extras_require={'dev': facts['dev_requirements'].split(), 'bench': facts['bench_requirements'].split()},
     entry_points={'nbdev': ['sam_explained=sam_explained._modidx:d'], 'console_scripts': facts['console_scripts'].split()},
 )

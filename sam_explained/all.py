@@ -13,9 +13,11 @@ __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'co
            'random_direction', 'slice_1d', 'slice_2d', 'plot_slices', 'eigen_directions', 'turn_slices',
            'plane_through', 'slice_explorer', 'TrackSharpness', 'Journal', 'split_loaders', 'he_mlp', 'small_conv',
            'SmallTransformer', 'task', 'Stack', 'StackData', 'fit_stack', 'SameDraws', 'CountPasses', 'EpochRows',
-           'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown', 'plot_compare', 'parse_method', 'sam_compare']
+           'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown', 'plot_compare', 'parse_method', 'sam_compare',
+           'step_cost', 'PlainStep', 'show_costs', 'paired_cost', 'verdict', 'cost_growth', 'save_costs', 'load_costs',
+           'cost_about', 'sam_cost']
 
-# %% ../nbs/30_all.ipynb #99456502
+# %% ../nbs/30_all.ipynb #db3b861f
 from .landscape import *
 from .core import *
 from .data import digits, docstrings, noisy
@@ -40,8 +42,10 @@ from .tasks import *
 from .stacked import *
 from .compare import *
 from .command import *
+from .cost import *
+from .prices import *
 
-# %% ../nbs/30_all.ipynb #807547cc
+# %% ../nbs/30_all.ipynb #9bf2cc5e
 _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path',
          'descend', 'Frames', 'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats',
          'same_rng', 'same_hidden', 'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params',
@@ -53,4 +57,5 @@ _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'cont
          'eigen_directions', 'turn_slices', 'plane_through', 'slice_explorer', 'TrackSharpness', 'Journal',
          'split_loaders', 'he_mlp', 'small_conv', 'SmallTransformer', 'task', 'Stack', 'StackData', 'fit_stack',
          'SameDraws', 'CountPasses', 'EpochRows', 'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown',
-         'plot_compare', 'parse_method', 'sam_compare']
+         'plot_compare', 'parse_method', 'sam_compare', 'step_cost',
+         'PlainStep', 'show_costs', 'paired_cost', 'verdict', 'cost_growth', 'save_costs', 'load_costs', 'cost_about', 'sam_cost']

@@ -60,7 +60,7 @@ _methods = {'sgd': ((), list), 'sam': ((float,), SAM), 'asam': ((float,), _asam)
             'ssam': ((_mask, float, float), _ssam), 'saf': ((float,), SAF), 'mesa': ((float,), MESA)}
 _written = {'sgd': 'SGD', 'sam': 'SAM', 'asam': 'ASAM', 'msam': 'mSAM', 'ssam': 'SSAM', 'saf': 'SAF', 'mesa': 'MESA'}
 
-# %% ../nbs/08d_command.ipynb #0f3024ee
+# %% ../nbs/08d_command.ipynb #01b92ac0
 @call_parse
 def sam_compare(
     data: str = 'digits',        # digits, breast_cancer or docstrings
@@ -85,18 +85,22 @@ def sam_compare(
     A method is sgd, sam[:RHO], asam[:RHO], msam[:SHARDS[:RHO]], ssam[:MASK[:SPARSITY[:RHO]]] with
     MASK fisher, dst or random, saf[:LAM] or mesa[:LAM]. With --out RUNS.jsonl each finished run is
     written at once, and the same command goes on where it was interrupted, also with more methods
-    or seeds. With --out TABLE.parquet the runs go into TABLE.jsonl, and the table is written at the
+    or seeds; a run that failed is kept as well, until its line is taken out of the file. With --out TABLE.parquet the runs go into TABLE.jsonl, and the table is written at the
     end. Intervals: 95 %, Student's t, differences seed by seed."""
     try: table = _compared(locals())
-    except (TypeError, ValueError, OSError) as e: sys.exit(f'sam_compare: {e}')
+    except (TypeError, ValueError, OSError, ImportError) as e: sys.exit(f'sam_compare: {e}')
+    except KeyboardInterrupt:
+        print('sam_compare: interrupted' + ('; the same command goes on where it stopped' if out else ''), file=sys.stderr)
+        sys.exit(130)
     print(table)
 
-# %% ../nbs/08d_command.ipynb #9d56d413
+# %% ../nbs/08d_command.ipynb #d3d4d297
 _columns = 'train_loss', 'train_accuracy', 'loss', 'accuracy', 'gap', 'seconds', 'grads', 'forwards'
 
 def _compared(a):
     "The printed table, for the arguments of `sam_compare`"
     a = SimpleNamespace(**a)
+    if a.out is not None: a.out = Path(a.out)
     asked = dict(parse_method(m) for m in a.methods.split(','))
     if len(asked) < a.methods.count(',') + 1: raise ValueError(f'methods={a.methods!r} has one of them twice')
     first, n = at_least('first_seed', a.first_seed, 0, whole=True), at_least('seeds', a.seeds, 1, whole=True)
@@ -112,7 +116,13 @@ def _compared(a):
                  progress=sys.stdout.isatty())
     if as_table: _write_parquet(df, a.out)
     columns = [a.metric, *(['lambda_1', 'ball'] if a.sharpness else [])]
-    return '\n\n'.join(f'{c}\n\n{to_markdown(summary(df, c), percent=c == "accuracy")}' for c in columns)
+    tables = [f'{c}\n\n{to_markdown(summary(df, c), percent=c.endswith("accuracy"))}' for c in columns]
+    return '\n\n'.join([*tables, *_failed(df)])
+
+def _failed(df):
+    "What went wrong in which runs"
+    if 'error' not in df: return []
+    return ['\n'.join(f'{r.method}, seed {r.seed}: {r.error}' for r in df.dropna(subset=['error']).itertuples())]
 
 def _write_parquet(df, path):
     "All of it or nothing"

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SameDraws', 'CountPasses', 'EpochRows', 'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown', 'plot_compare']
 
-# %% ../nbs/08_compare.ipynb #c840bd4b
+# %% ../nbs/08_compare.ipynb #fdeac540
 import hashlib
 import inspect
 import json
@@ -16,18 +16,21 @@ from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
 from contextlib import ExitStack
+from numbers import Integral
+from types import CodeType
 from warnings import warn
 from joblib import Parallel, delayed
 from scipy import stats
 import sam_explained
 from .core import at_least
-from .journal import Journal
+from .journal import Journal, _lock_path, _plain
 from .landscape import method_colors
 from .sharpness import Objective, _bar
 from .stacked import Stack, StackData, _rows, fit_stack
 
-# %% ../nbs/08_compare.ipynb #94fe06a5
+# %% ../nbs/08_compare.ipynb #a4660fc8
 def _set_all(seed):
+    seed = int(seed)
     random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)
 
 @contextmanager
@@ -50,10 +53,11 @@ class SameDraws(Callback):
         if self.training: self._set(self.iter + 1)
     def _set(self, i): _set_all(int(np.random.SeedSequence([self.seed, self.epoch, i]).generate_state(1)[0]))
 
-# %% ../nbs/08_compare.ipynb #ff510c32
+# %% ../nbs/08_compare.ipynb #d4f5e444
 class CountPasses(Callback):
     "`grads`: batches that went through the network with a gradient; `forwards`: without, while training"
     order = -1000
+    def __init__(self): self.rows, self.batches, self.seen, self.hook = [0, 0], 0, 0, None
     def before_fit(self):
         self.rows, self.batches, self.seen = [0, 0], 0, 0
         self.hook = get_model(self.model).register_forward_hook(_Counter(self))
@@ -61,7 +65,7 @@ class CountPasses(Callback):
     def after_batch(self):
         if self.training: self.batches, self.seen = self.batches + 1, self.seen + find_bs(self.xb)
     def after_fit(self):
-        if getattr(self, 'hook', None): self.hook.remove()
+        if self.hook: self.hook.remove()
 
     @property
     def grads(self): return self.batches * self.rows[1] / max(self.seen, 1)
@@ -79,9 +83,9 @@ class _Counter:
 
 def _no_hook(): return noop
 
-# %% ../nbs/08_compare.ipynb #766a1f0e
+# %% ../nbs/08_compare.ipynb #09f98f55
 class EpochRows(Callback):
-    "After each epoch, a dict of what was measured; `measures` are taken after the last one"
+    "After each epoch, a dict of what was measured; `measures` are taken at the end and are in the last one"
     order = 60
     def __init__(self, metric=accuracy, measures=()):
         self.metric, self.measures, self.rows = metric, list(measures), []
@@ -94,9 +98,12 @@ class EpochRows(Callback):
         count = self.learn.count_passes
         found = [_evaluate(self.learn, dl, self.metric) for dl in self.dls.loaders[:2]]
         passes = count.grads, count.forwards
-        self.rows.append(_epoch_row(self.learn, self, found, self.epoch + 1, self.n_epoch, self.seconds, passes))
+        self.rows.append(_epoch_row(self.metric, found, self.epoch + 1, self.seconds, passes))
 
-# %% ../nbs/08_compare.ipynb #dfee7300
+    def after_fit(self):
+        if self.rows: self.rows[-1].update(_measured(self.learn, self.measures))
+
+# %% ../nbs/08_compare.ipynb #71476db7
 def _objective(learn, dl=None): return Objective((learn, dl or learn.dls.train))
 
 def _number(x):
@@ -104,13 +111,26 @@ def _number(x):
     if torch.is_tensor(x): x = x.detach().cpu()
     return float(np.ravel(x)[0])
 
-def _epoch_row(learn, what, found, epoch, n_epoch, seconds, passes):
-    "`found`: loss and metric on the training and on the validation set; `what` has the metric and the measures"
-    name, (train, valid) = what.metric.__name__, found
-    row = {'epoch': epoch, 'train_loss': train[0], f'train_{name}': train[1], 'loss': valid[0], name: valid[1],
-           'gap': valid[0] - train[0], 'seconds': seconds, 'grads': passes[0], 'forwards': passes[1]}
-    if epoch == n_epoch: row.update({f.__name__: _number(f(_objective(learn))) for f in what.measures})
-    return row
+def _name(f):
+    "Of a function, also if some of its arguments are given"
+    return _name(f.func) if isinstance(f, partial) else getattr(f, '__name__', type(f).__name__)
+
+def _epoch_row(metric, found, epoch, seconds, passes):
+    "`found`: loss and metric on the training and on the validation set"
+    name, (train, valid) = _name(metric), found
+    return {'epoch': epoch, 'train_loss': train[0], f'train_{name}': train[1], 'loss': valid[0], name: valid[1],
+            'gap': valid[0] - train[0], 'seconds': seconds, 'grads': passes[0], 'forwards': passes[1]}
+
+def _measured(learn, measures): return {_name(f): _number(f(_objective(learn))) for f in measures}
+
+def _check_names(metric, measures):
+    "Each of them is a column of its own"
+    for what, f in (('metric', metric), *(('measures', f) for f in measures)):
+        if not callable(f) or isinstance(f, Metric): raise TypeError(f'{what}: {f!r} must be a function, not {type(f).__name__}')
+    names = [*_epoch_row(metric, [[0, 0]] * 2, 0, 0, [0, 0]), *map(_name, measures), 'method', 'seed', 'error']
+    if len(names) < 12 + len(measures): raise ValueError(f'metric: there is a column {_name(metric)!r} already')
+    for name in names:
+        if names.count(name) > 1: raise ValueError(f'metric, measures: two columns would be called {name!r}')
 
 def _evaluate(learn, dl, metric):
     "Mean loss and metric over all rows of `dl`, in order, in evaluation mode"
@@ -122,7 +142,7 @@ def _evaluate(learn, dl, metric):
             rows += n
     return (total / rows).tolist()
 
-# %% ../nbs/08_compare.ipynb #9efd5bf5
+# %% ../nbs/08_compare.ipynb #fcd06929
 def cosine_fit(learn, epochs, lr):
     "`epochs` epochs with a step size that falls from `lr` to 0 along half a cosine"
     learn.fit(epochs, lr, cbs=ParamScheduler({'lr': SchedCos(lr, 0.)}))
@@ -132,14 +152,14 @@ class Protocol:
     def __init__(self,
         model,                       # function that makes the network; called with the seed set
         dls,                         # function of a seed that makes the `DataLoaders`
-        fit=cosine_fit,              # function of a Learner, epochs and step size
+        fit=cosine_fit,              # function of a Learner, epochs and step size, that fits once
         opt_func=partial(SGD, mom=.9),
         metric=accuracy,             # function of outputs and targets of a batch, a mean over rows
-        measures=(),                 # functions of an `Objective`, to a number; after the last epoch
+        measures=(),                 # functions of an `Objective`, to a number; at the end of the run
         **kwargs                     # for `Learner`: `loss_func`, `wd`, ...
     ):
-        store_attr('model,dls,fit,opt_func,metric,kwargs')
-        self.measures = list(measures)
+        _check_names(metric, measures := list(measures))
+        store_attr('model,dls,fit,opt_func,metric,measures,kwargs')
 
     def learner(self, cbs, seed):
         _set_all(seed)
@@ -155,11 +175,12 @@ class Protocol:
         with _own_luck():
             learn = self.learner(cbs, seed)
             with learn.no_logging(): self.fit(learn, epochs, lr)
+        if not learn.epoch_rows.rows: raise RuntimeError('no epoch was finished')
         return learn.epoch_rows.rows, learn
 
-# %% ../nbs/08_compare.ipynb #727a08ff
+# %% ../nbs/08_compare.ipynb #9c58602a
 def compare(
-    methods,        # a dict: name to function that gives callbacks (a list, one, or None)
+    methods,        # a dict: name to function that makes new callbacks (a list, one, or None)
     protocol,       # a `Protocol`
     epochs=10,      # an int from 1 up, of the first method
     lr=0.01,        # step size, above 0; or a dict: name of the method to step size
@@ -179,13 +200,14 @@ def compare(
         journal = Journal(ifnone(out, Path(folder)/'runs.jsonl'), plan.about())
         plan.check(journal)
         if equal != 'epochs': plan.try_out(journal)
-        todo = [k for k in plan.keys if k not in _done(journal)]
+        todo = plan.todo(journal)
         work = _work(plan, journal, todo, n_workers, stacked)
         for _ in _bar(work, progress, len(todo)): pass
-        for key in plan.keys: _one(plan, journal, key, wait=True)      # what another process had begun
+        for key in plan.left(journal): _one(plan, journal, key, wait=True)
+        plan.check(journal)
         return plan.frame(journal)
 
-# %% ../nbs/08_compare.ipynb #3bc6ef5d
+# %% ../nbs/08_compare.ipynb #8f50d40c
 class _Plan:
     "What is to be done, and how"
     def __init__(self, methods, protocol, epochs, lr, seeds, equal):
@@ -193,33 +215,44 @@ class _Plan:
         store_attr()
         self.keys, self.base = [[name, seed] for seed in seeds for name in methods], next(iter(methods))
         self.lrs = {name: lr[name] if isinstance(lr, dict) else lr for name in methods}
+        self.about_method = {name: {'callbacks': _described(_callbacks(name, f)), 'lr': self.lrs[name]} for name, f in methods.items()}
         self.budget = dict.fromkeys(methods, epochs)
+
+    def todo(self, journal):
+        done = {tuple(r['key']) for r in journal.runs}
+        return [k for k in self.keys if tuple(k) not in done]
+
+    def left(self, journal):
+        "What another process had begun; also the lock of one that was killed right after its run was written"
+        todo = self.todo(journal)
+        return todo + [k for k in self.keys if k not in todo and _lock_path(journal.path, k).exists()]
 
     def run(self, key):
         "A finished run, for the journal"
         name, seed = key
-        found = {'method': self.method(name), 'rows': []}
+        found = {'method': self.about_method[name], 'rows': []}
         try: found['rows'] = self.rows(name, seed)
-        except Exception as e: found['error'] = f'{type(e).__name__}: {e}'
+        except (Exception, SystemExit) as e: found['error'] = f'{type(e).__name__}: {e}'
         return found
 
     def rows(self, name, seed):
         cbs = L(self.methods[name]())
         return self.protocol.run(cbs, seed, self.budget[name], self.lrs[name])[0]
 
-    def method(self, name): return {'callbacks': _described(L(self.methods[name]())), 'lr': self.lrs[name]}
+# %% ../nbs/08_compare.ipynb #7adf2db5
+def _name_cancellations():
+    "fastai's `CancelFitException` and the like say they are in another module, and processes would get copies that nobody catches"
+    for kind in (CancelBatchException, CancelBackwardException, CancelStepException, CancelEpochException, CancelFitException,
+                 CancelTrainException, CancelValidException): kind.__module__ = 'fastai.callback.core'
 
-# %% ../nbs/08_compare.ipynb #f4fbf735
 def _one(plan, journal, key, wait=False):
     with journal.claim(key, wait) as mine:
         if mine: journal.add(key, plan.run(key))
 
-def _there(plan, path, key):
+def _there(plan, path, about, key):
     "In a process of its own"
     torch.set_num_threads(1)
-    _one(plan, Journal(path, plan.about()), key)
-
-def _done(journal): return [r['key'] for r in journal.runs]
+    _one(plan, Journal(path, about), key)
 
 def _work(plan, journal, todo, n_workers, stacked):
     "The runs, as stacks, one after the other or in processes; yields as they finish"
@@ -229,51 +262,63 @@ def _work(plan, journal, todo, n_workers, stacked):
             todo = [k for k in todo if k[0] != name]
             yield from keys
     if n_workers > 1:
-        jobs = (delayed(_there)(plan, journal.path, key) for key in todo)
+        _name_cancellations()
+        jobs = (delayed(_there)(plan, journal.path, journal.about, key) for key in todo)
         yield from Parallel(n_workers, return_as='generator_unordered')(jobs)
     else:
         for key in todo: yield _one(plan, journal, key)
 
-# %% ../nbs/08_compare.ipynb #b77ba7e1
+# %% ../nbs/08_compare.ipynb #03f07191
 @patch
 def try_out(self:_Plan, journal):
     "Epochs of each method for the work of the base's: from a trial run of both"
     for name in self.methods:
         with journal.claim(['try', name], wait=True) as mine:
             if mine: journal.add(['try', name], {'cost': self.cost(name)})
-    cost = {r['key'][1]: r['cost'] for r in journal.runs if r['key'][0] == 'try'}
+    cost = {r['key'][1]: r['cost'] for r in journal.runs if 'cost' in r}
     self.budget = {name: max(1, int(self.epochs / cost[name] + 1e-9)) for name in self.methods}
 
 @patch
 def cost(self:_Plan, name):
-    "As a ratio to the base"
+    "As a ratio to the base; 1 for a method that fails, whose runs will say why"
     if name == self.base: return 1.
     what = {'time': 'seconds', 'grads': 'grads'}[self.equal]
-    base, other = (self.rows(m, self.seeds[0])[-1][what] for m in (self.base, name))
+    try: base, other = (self.rows(m, self.seeds[0])[-1][what] for m in (self.base, name))
+    except (Exception, SystemExit): return 1.
     return other / base
 
-# %% ../nbs/08_compare.ipynb #d206842d
+# %% ../nbs/08_compare.ipynb #25692873
 @patch
 def about(self:_Plan):
     "What all runs of a file have in common"
     with _own_luck():
         learn = self.protocol.learner(None, 0)
-        x, w = learn.dls.train.new().one_batch()[0], torch.cat([w.detach().flatten() for w in learn.model.parameters()])
+        w = torch.cat([w.detach().flatten() for w in learn.model.parameters()])
+        data = _about_data(learn.dls)
     p = self.protocol
-    return {'epochs': self.epochs, 'equal': self.equal, 'base': self.base, 'fit': _name(p.fit), 'metric': _name(p.metric),
-            'measures': [_name(f) for f in p.measures], 'loss': _described(learn.loss_func),
-            'optimizer': _described(p.opt_func), 'learner': {k: _described(v) for k, v in p.kwargs.items()},
-            'data': {'rows': [len(dl.dataset) for dl in learn.dls.loaders[:2]], 'batch': list(x.shape), 'first': _digest(x)},
-            'model': {'weights': len(w), 'first': _digest(w), 'layers': _digest(repr(learn.model))},
+    base = {} if self.equal == 'epochs' else {'base': self.base}       # else no run depends on it
+    return {'epochs': self.epochs, 'equal': self.equal, **base, 'fit': _described(p.fit), 'metric': _described(p.metric),
+            'measures': _described(p.measures), 'loss': _described(learn.loss_func),
+            'optimizer': _described(p.opt_func), 'learner': _described(p.kwargs), 'data': {'from': _described(p.dls), **data},
+            'model': {'from': _described(p.model), 'weights': len(w), 'first': _digest(w), 'layers': _digest(repr(learn.model))},
             'versions': {'torch': torch.__version__, 'sam_explained': sam_explained.__version__}}
+
+def _about_data(dls):
+    "Numbers of rows, and prints of the first batches and, where there are such, of all labels"
+    loaders = dls.loaders[:2]
+    first = [dl.new().one_batch() for dl in loaders]
+    labels = [y for dl in loaders if torch.is_tensor(y := getattr(dl.dataset, 'y', None))]
+    return {'rows': [len(dl.dataset) for dl in loaders], 'batch': find_bs(first[0]), 'first': _digest(first), 'labels': _digest(labels)}
 
 @patch
 def check(self:_Plan, journal):
     "An error if a method of the same name is another one there"
-    for run in journal.runs:
+    for i, run in enumerate(journal.runs):
+        if not (isinstance(run['key'], list) and len(run['key']) == 2 and ('cost' in run or {'method', 'rows'} <= run.keys())):
+            raise ValueError(f'{str(journal.path)!r} is damaged: line {i + 2} is no run of a comparison')
         name = run['key'][0]
         if name not in self.methods or 'method' not in run: continue
-        if run['method'] != (here := json.loads(json.dumps(self.method(name)))):
+        if run['method'] != (here := _plain(self.about_method[name])):
             raise ValueError(f'{str(journal.path)!r} has another {name!r}: {run["method"]} there, {here} here')
 
 @patch
@@ -283,10 +328,11 @@ def frame(self:_Plan, journal):
             for name, seed in self.keys for run in [found[name, seed]] for row in run['rows'] or [{}]]
     return pd.DataFrame(rows)
 
-# %% ../nbs/08_compare.ipynb #36a45837
+# %% ../nbs/08_compare.ipynb #4df6310e
 def _check(methods, epochs, lr, equal):
     if not isinstance(methods, dict) or not methods: raise TypeError(f'methods={methods!r} must be a dict of names and functions')
     for name, f in methods.items():
+        if not isinstance(name, str): raise TypeError(f'methods: {name!r} must be a str; names of methods are')
         if not callable(f) or isinstance(f, Callback): raise TypeError(f'methods[{name!r}] must be a function that gives callbacks, not {type(f).__name__}')
     at_least('epochs', epochs, 1, whole=True)
     if isinstance(lr, dict) and (missing := [n for n in methods if n not in lr]): raise ValueError(f'lr has no step size for {missing[0]!r}')
@@ -294,37 +340,65 @@ def _check(methods, epochs, lr, equal):
         if at_least('lr', x, 0) == 0: raise ValueError(f'lr={x!r} must be a number above 0')
     if equal not in ('epochs', 'time', 'grads'): raise ValueError(f"equal={equal!r} must be 'epochs', 'time' or 'grads'")
 
+def _callbacks(name, f):
+    "What the function of a method gives, new each time"
+    cbs, again = L(f()), L(f())
+    for cb in cbs:
+        if not isinstance(cb, Callback) and not (isinstance(cb, type) and issubclass(cb, Callback)):
+            raise TypeError(f'methods[{name!r}] gives {cb!r}, which is no callback')
+    if {id(cb) for cb in cbs if isinstance(cb, Callback)} & {id(cb) for cb in again}:
+        raise ValueError(f'methods[{name!r}] gives the same callback each time, and a run would find what the one before left in it: make it inside the function')
+    return cbs
+
 def _seeds(seeds):
-    if isinstance(seeds, int): return list(range(at_least('seeds', seeds, 1, whole=True)))
-    seeds = list(seeds)
+    if isinstance(seeds, Integral): return list(range(at_least('seeds', seeds, 1, whole=True)))
+    if not is_iter(seeds): raise TypeError(f'seeds={seeds!r} must be an int from 1 up, or several from 0 up')
+    seeds = [int(at_least('seeds', s, 0, whole=True)) for s in seeds]
     if not seeds: raise ValueError('seeds is empty')
-    for s in seeds: at_least('seeds', s, 0, whole=True)
     return list(dict.fromkeys(seeds))
 
-def _digest(x):
-    if torch.is_tensor(x): x = x.detach().cpu().contiguous().numpy().tobytes()
-    return hashlib.sha256(x if isinstance(x, bytes) else x.encode()).hexdigest()[:16]
+def _bytes(x):
+    if torch.is_tensor(x): return x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    if isinstance(x, dict): x = list(x.items())
+    return b''.join(map(_bytes, x)) if is_listy(x) else repr(x).encode()
 
-def _name(f): return getattr(f, '__name__', type(f).__name__)
+def _digest(x): return hashlib.sha256(_bytes(x)).hexdigest()[:16]
 
 def _described(x):
     "What can be compared of arguments: the same for equal settings, in another process too"
+    if hasattr(x, 'tolist'): return x.tolist() if np.ndim(x) == 0 else _digest(x.tolist())
     if isinstance(x, (str, int, float, bool, type(None))): return x
     if isinstance(x, (list, tuple, L)): return [_described(v) for v in x]
     if isinstance(x, dict): return {str(k): _described(v) for k, v in x.items()}
     if isinstance(x, partial): return [_name(x.func), _described(x.args), _described(x.keywords)]
-    if isinstance(x, type) or not hasattr(x, '__dict__') or callable(x) and hasattr(x, '__name__'): return _name(x)
-    wanted = [p for kind in type(x).__mro__[:-1] for p in inspect.signature(kind.__init__).parameters if p in vars(x)]
+    if isinstance(x, type) or not hasattr(x, '__dict__') or callable(x) and hasattr(x, '__name__'): return _function(x)
+    wanted = [p for kind in type(x).__mro__[:-1] for p in _parameters(kind) if p in vars(x)]
     return [_name(x), {k: _described(vars(x)[k]) for k in dict.fromkeys(wanted)}]
 
-# %% ../nbs/08_compare.ipynb #963610c7
+def _parameters(kind):
+    try: return inspect.signature(kind.__init__).parameters
+    except ValueError: return ()                       # of a class written in C
+
+def _function(f):
+    "Its name; if that says nothing, what it does, and the numbers and texts it has from around it"
+    cells = [c.cell_contents for c in getattr(f, '__closure__', None) or ()]
+    plain = [c for c in cells if isinstance(c, (str, int, float))]
+    if _name(f) != '<lambda>' and not plain: return _name(f)
+    return [_name(f), _digest([*_code(f.__code__), *plain])]
+
+def _code(code):
+    consts = [_code(c) if isinstance(c, CodeType) else c for c in code.co_consts]
+    return [code.co_code, *code.co_names, *consts]
+
+# %% ../nbs/08_compare.ipynb #ada012ee
 def _stacked(plan, journal, keys):
     "The runs of a method as one stack; false, with a warning, if that is impossible"
     with ExitStack() as claims:
         mine = [k for k in keys if claims.enter_context(journal.claim(k))]
         try: found = plan.run_stacked(mine) if mine else []
-        except ValueError as e:
-            warn(f'{keys[0][0]}: {e}; its runs are trained one after the other')
+        except Exception as e:                         # also what PyTorch cannot `vmap`
+            why = (str(e) or type(e).__name__).splitlines()[0]
+            warn(f'{keys[0][0]}: {why}; its runs are trained one after the other')
             return False
         for key, run in zip(mine, found): journal.add(key, run)
     return True
@@ -334,7 +408,7 @@ def run_stacked(self:_Plan, keys):
     "Finished runs of one method, trained as one"
     name = keys[0][0]
     with _own_luck(): found = _stacked_rows(self.protocol, self.methods[name], [seed for _, seed in keys], self.budget[name], self.lrs[name])
-    return [{'method': self.method(name), 'rows': rows} for rows in found]
+    return [{'method': self.about_method[name], 'rows': rows} for rows in found]
 
 def _stacked_rows(protocol, make, seeds, epochs, lr):
     "What `EpochRows` would say of each run"
@@ -347,7 +421,8 @@ def _stacked_rows(protocol, make, seeds, epochs, lr):
         found = zip(*(_evaluated(stack, [l.dls.loaders[k] for l in learners], protocol.metric) for k in (0, 1)))
         for r, (learn, pair) in enumerate(zip(learners, found)):
             learn.model = stack.unstacked(r)
-            rows[r].append(_epoch_row(learn, protocol, pair, epoch, epochs, seconds, passes))
+            rows[r].append(_epoch_row(protocol.metric, pair, epoch, seconds, passes))
+            if epoch == epochs: rows[r][-1].update(_measured(learn, protocol.measures))
         clock.go_on()
     mom, wd = protocol.opt_func.keywords.get('mom', 0.), ifnone(protocol.kwargs.get('wd'), 0.)
     fit_stack(stack, data, [cb[0] for cb in cbs if cb] or None, epochs, lr, mom, wd, look)
@@ -357,14 +432,24 @@ def _check_stackable(protocol, learners, cbs):
     opt = protocol.opt_func
     for ok, told in ((protocol.fit is cosine_fit and not set(protocol.kwargs) - {'wd'}, '`cosine_fit` and no arguments but wd'),
                      (isinstance(opt, partial) and opt.func is SGD and not opt.args and not set(opt.keywords) - {'mom'}, 'SGD with momentum'),
-                     (all(isinstance(l.loss_func, CrossEntropyLossFlat) for l in learners), 'CrossEntropyLossFlat'),
+                     (all(_is_plain_loss(l.loss_func) for l in learners), 'CrossEntropyLossFlat, without weights'),
                      (max(map(len, cbs)) < 2, 'one callback at most')):
         if not ok: raise ValueError(f'stacked runs have {told}')
+
+def _is_plain_loss(f):
+    usual = {'weight': None, 'label_smoothing': 0., 'ignore_index': -100, 'reduction': 'mean'}
+    return isinstance(f, CrossEntropyLossFlat) and f.axis == -1 and all(getattr(f.func, k) == v for k, v in usual.items())
+
+@contextmanager
+def _evaluating(model):
+    model.eval()
+    try: yield
+    finally: model.train()
 
 def _evaluated(stack, loaders, metric):
     "Loss and metric over all rows, for each run"
     sets = [dl.dataset for dl in loaders]
-    with torch.no_grad():
+    with torch.no_grad(), _evaluating(stack.model):
         if len({ds.x.shape for ds in sets}) == 1: outs = stack.outputs(stack.ws, torch.stack([ds.x for ds in sets]))
         else: outs = [stack.unstacked(r)(ds.x) for r, ds in enumerate(sets)]
         return [(F.cross_entropy(z, ds.y).item(), float(metric(z, ds.y))) for z, ds in zip(outs, sets)]
@@ -377,30 +462,34 @@ class _Clock:
         return self.sum / self.n
     def go_on(self): self.start = time.perf_counter()
 
-# %% ../nbs/08_compare.ipynb #6ffaa437
+# %% ../nbs/08_compare.ipynb #1bcf32be
 def summary(
     df,                # of `compare`
     metric='accuracy', # a column
     base=None,         # method to compare with; None: the first
 ):
-    "A row per method: mean and half width of its 95 % interval, the paired difference to `base` and its, effect, share won"
+    "A row per method: mean and half width of its 95 % interval; paired difference to `base` with its own, effect, share larger"
     names = list(dict.fromkeys(df['method']))
     base = ifnone(base, names[0])
+    if metric not in df and 'error' in df and df['error'].notna().all():
+        raise ValueError(f'all runs failed, the first with {df["error"].iloc[0]}')
     for name, there, what in (('metric', df.columns, metric), ('base', names, base)):
         if what not in there: raise ValueError(f'{name}={what!r} must be one of {", ".join(map(repr, there))}')
-    last = df.groupby(['seed', 'method'], sort=False)[metric].agg(lambda x: x.iloc[-1]).unstack()
+    try: values = df[metric].astype(float)
+    except (TypeError, ValueError): raise ValueError(f'metric={metric!r} must be a column of numbers') from None
+    last = values.groupby([df['seed'], df['method']], sort=False).agg(lambda x: x.iloc[-1]).unstack()
     last = last.where(np.isfinite(last))[names]
     rows = {name: _row(last[name], last[base] if name != base else None) for name in names}
     return pd.DataFrame(rows).T.rename_axis('method')
 
-# %% ../nbs/08_compare.ipynb #b108e99b
+# %% ../nbs/08_compare.ipynb #5193e1ed
 def _row(x, base):
     mean, half, _ = _interval(x)
     row = {'seeds': len(x), 'failed': x.isna().sum(), 'mean': mean, '±': half}
     if base is None: return row
     diff, half, sd = _interval(x - base)
     pairs = (x - base).dropna()
-    return {**row, 'difference': diff, '± ': half, 'effect': diff / sd if sd else math.nan, 'won': (pairs > 0).mean() if len(pairs) else math.nan}
+    return {**row, 'difference': diff, '± ': half, 'effect': diff / sd if sd else math.nan, 'larger': (pairs > 0).mean() if len(pairs) else math.nan}
 
 def _interval(x):
     "Mean, half width of the 95 % interval (Student's t), standard deviation"
@@ -408,7 +497,7 @@ def _interval(x):
     n, sd = len(x), x.std()
     return x.mean(), stats.t.ppf(.975, n - 1) * sd / math.sqrt(n) if n > 1 else math.nan, sd
 
-# %% ../nbs/08_compare.ipynb #703b9514
+# %% ../nbs/08_compare.ipynb #7f6271ae
 def to_markdown(
     table,      # of `summary`
     percent=True, # a share as percent, its difference in points
@@ -416,15 +505,18 @@ def to_markdown(
     "The table of `summary` as Markdown"
     k, unit = (100, '%') if percent else (1, '')
     digits = 1 if percent else 3
-    def number(x, half, sign=''): return f'{k * x:{sign}.{digits}f} ± {k * half:.{digits}f}' if math.isfinite(x) else ''
-    lines = [f'| method | seeds | mean{", " * bool(unit)}{unit} | difference | won |', '|---|---|---|---|---|']
+    def number(x, half, sign=''):
+        if not math.isfinite(x): return ''
+        return f'{k * x:{sign}.{digits}f}' + (f' ± {k * half:.{digits}f}' if math.isfinite(half) else '')
+    def escaped(name): return name.replace('|', r'\|')
+    lines = [f'| method | seeds | mean{", " * bool(unit)}{unit} | difference | larger |', '|---|---|---|---|---|']
     for name, r in table.iterrows():
         seeds = f'{r["seeds"]:.0f}' + (f' ({r["failed"]:.0f} failed)' if r['failed'] else '')
-        won = f'{100 * r["won"]:.0f} %' if math.isfinite(r['won']) else ''
-        lines.append(f'| {name} | {seeds} | {number(r["mean"], r["±"])} | {number(r["difference"], r["± "], "+")} | {won} |')
+        larger = f'{100 * r["larger"]:.0f} %' if math.isfinite(r['larger']) else ''
+        lines.append(f'| {escaped(name)} | {seeds} | {number(r["mean"], r["±"])} | {number(r["difference"], r["± "], "+")} | {larger} |')
     return '\n'.join(lines)
 
-# %% ../nbs/08_compare.ipynb #20edeb70
+# %% ../nbs/08_compare.ipynb #cc878e5c
 def plot_compare(
     df,                # of `compare`
     metric='accuracy', # a column
@@ -433,10 +525,12 @@ def plot_compare(
 ):
     "The mean of each method and its 95 % interval over seeds, in the colours of this book"
     import matplotlib.pyplot as plt
+    for name, what in (('metric', metric), ('x', x)):
+        if what not in df: raise ValueError(f'{name}={what!r} must be one of {", ".join(map(repr, df.columns))}')
     ax = ax or plt.subplots(figsize=(4.8, 3.2))[1]
     for i, (name, runs) in enumerate(df.dropna(subset=['epoch']).groupby('method', sort=False)):
         at = runs.groupby('epoch')[[x, metric]]
-        mean, half = at.mean(), 1.96 * at.sem()[metric]
+        mean, half = at.mean(), at.sem()[metric] * stats.t.ppf(.975, at.size() - 1)
         color = next((c for k, c in method_colors.items() if name.startswith(k)), f'C{i}')
         ax.plot(mean[x], mean[metric], ['-', '--', '-.', ':'][i % 4], color=color, label=name)
         ax.fill_between(mean[x], mean[metric] - half, mean[metric] + half, color=color, alpha=.2, lw=0)

@@ -26,7 +26,7 @@ def _plain(x):
 
 def _line(x): return (json.dumps(_plain(x), allow_nan=False) + '\n').encode()
 
-# %% ../nbs/08a_journal.ipynb #8735e63f
+# %% ../nbs/08a_journal.ipynb #2069834e
 class Journal:
     "Finished runs as lines of JSON, in a file that processes may share and that survives being killed"
     def __init__(self,
@@ -44,13 +44,14 @@ class Journal:
     def _open(self):
         lines, size = self._read()
         if size: _check_same(lines[0], self.about, self.path)
-        else: self._append({'about': self.about}, 0)
+        elif self.path.read_bytes().startswith(b'{"about"'[:self.path.stat().st_size]): self._append({'about': self.about}, 0)
+        else: raise ValueError(_not_ours(self.path))
 
     def _read(self):
         "The whole lines, and where they end"
         data = self.path.read_bytes()
         whole = data[:data.rfind(b'\n') + 1]
-        return [_parse(l, i, self.path) for i, l in enumerate(whole.splitlines())], len(whole)
+        return [_parse(l, i, self.path) for i, l in enumerate(whole.split(b'\n')[:-1])], len(whole)
 
     def _append(self, x, size):
         "All of the line or nothing"
@@ -69,14 +70,18 @@ class Journal:
         "The finished runs, a list of dicts"
         return self._read()[0][1:]
 
-# %% ../nbs/08a_journal.ipynb #fdcc7761
+# %% ../nbs/08a_journal.ipynb #ad182b92
 def _parse(line, i, path):
-    try: return json.loads(line)
+    try: found = json.loads(line)
     except ValueError: raise ValueError(f'{str(path)!r} is damaged: line {i + 1} is not JSON') from None
+    if i and not (isinstance(found, dict) and 'key' in found): raise ValueError(f'{str(path)!r} is damaged: line {i + 1} is no run')
+    return found
+
+def _not_ours(path): return f'{str(path)!r} is not a file of runs: its first line has no "about"'
 
 def _check_same(first, about, path):
     if not isinstance(first, dict) or 'about' not in first:
-        raise ValueError(f'{str(path)!r} is not a file of runs: its first line has no "about"')
+        raise ValueError(_not_ours(path))
     there, missing = first['about'], object()
     other = [k for k in {**there, **about} if there.get(k, missing) != about.get(k, missing)]
     if other:
@@ -98,7 +103,10 @@ def add(self:Journal,
             raise OSError(e.errno, f'{e.strerror}: {key!r} could not be written to {str(self.path)!r}; '
                           f'the {len(lines) - 1} runs before it are there, and starting again goes on from them') from None
 
-# %% ../nbs/08a_journal.ipynb #ad427951
+# %% ../nbs/08a_journal.ipynb #150a623a
+def _lock_path(path, key): return Path(f'{path}.{hashlib.sha256(_line(key)).hexdigest()[:16]}.lock')
+
+# %% ../nbs/08a_journal.ipynb #fc0046e1
 @patch
 @contextmanager
 def claim(self:Journal,
@@ -106,8 +114,7 @@ def claim(self:Journal,
     wait=False, # if another process is at it: True waits until it is done or dead
 ):
     "Inside, the run is ours if the value is True; False: it is in the file, or another process is at it"
-    name = hashlib.sha256(_line(key)).hexdigest()[:16]
-    lock = FileLock(f'{self.path}.{name}.lock', timeout=-1 if wait else 0)
+    lock = FileLock(_lock_path(self.path, key), timeout=-1 if wait else 0)
     try: lock.acquire()
     except Timeout:
         yield False

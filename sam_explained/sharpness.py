@@ -230,10 +230,10 @@ def _checked(loss, i, eps):
         raise ValueError(f'the loss of batch {i} at {where} is {loss.item()}')
     return loss
 
-# %% ../nbs/07_sharpness.ipynb #f34df245
+# %% ../nbs/07_sharpness.ipynb #ed4263fe
 Ball = namedtuple('Ball', 'rise one_step eps passes converged')
 Ball.__doc__ = """Worst rise found, that of SAM's single step, the worst `eps`, passes over the
-data; whether the last step changed the rise by less than `tol` (or it fell or `steps` ended)"""
+data; `converged`: the last step changed the rise by no more than `tol` of it"""
 
 @delegates(Objective)
 def ball_sharpness(

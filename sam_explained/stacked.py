@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['Stack', 'stack_norm', 'stack_times', 'stack_plus', 'StackData', 'fit_stack']
 
-# %% ../nbs/08c_stacked.ipynb #df45160b
+# %% ../nbs/08c_stacked.ipynb #166eaf10
 import math
 from copy import deepcopy
 from fastai.basics import *
+from .data import Labelled, SeededDL
 from .mesa import MESA, warm_decay
 from .msam import MSAM
 from .saf import SAF
 from .sam import SAM
 from .ssam import SSAM
 
-# %% ../nbs/08c_stacked.ipynb #d9988ef3
+# %% ../nbs/08c_stacked.ipynb #f0f9ea29
 class Stack:
     "Networks of one kind, with weights of their own, as one: each of `ws` has the run as its first axis"
-    def __init__(self, models): # without buffers (running statistics) and without dropout
+    def __init__(self,
+        models, # without buffers, such as running statistics, without dropout, all weights trained
+    ):
         _check_stackable(models)
         self.model = deepcopy(models[0])
         self.names = [name for name, _ in self.model.named_parameters()]
@@ -52,7 +55,7 @@ class Stack:
             for w, stack in zip(model.parameters(), self.ws): w.copy_(stack[r])
         return model
 
-# %% ../nbs/08c_stacked.ipynb #12522006
+# %% ../nbs/08c_stacked.ipynb #3894dc9d
 def _check_stackable(models):
     kinds = {repr(m) for m in models}
     if len(kinds) > 1: raise ValueError(f'{len(kinds)} different networks cannot be stacked')
@@ -60,8 +63,11 @@ def _check_stackable(models):
         if isinstance(m, nn.modules.dropout._DropoutNd) and m.p: raise ValueError(f'{type(m).__name__} cannot be stacked: it draws its own numbers')
         if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats:
             raise ValueError(f'{type(m).__name__} cannot be stacked: it has running statistics')
+    for name, _ in models[0].named_buffers(): raise ValueError(f'the buffer {name!r} cannot be stacked, only weights can')
+    for name, w in models[0].named_parameters():
+        if not w.requires_grad: raise ValueError(f'the weight {name!r} is not trained, which cannot be stacked')
 
-# %% ../nbs/08c_stacked.ipynb #485c53bd
+# %% ../nbs/08c_stacked.ipynb #e9c8c182
 def stack_norm(ts):
     "One number per run: the norm over all of a list of stacked tensors"
     return sum(t.flatten(1).square().sum(1) for t in ts).sqrt()
@@ -70,9 +76,11 @@ def stack_times(ts, c):
     "Each run of each tensor times its own number"
     return [t * c.view(-1, *[1] * (t.ndim - 1)) for t in ts]
 
-def stack_plus(a, b): return [s + t for s, t in zip(a, b)]
+def stack_plus(a, b):
+    "The sum of two lists of tensors"
+    return [s + t for s, t in zip(a, b)]
 
-# %% ../nbs/08c_stacked.ipynb #b365deff
+# %% ../nbs/08c_stacked.ipynb #6a28d813
 class _Plain:
     "SGD: the gradient, and nothing else"
     grads, forwards = 1, 0            # passes in a step
@@ -147,7 +155,7 @@ class _Ssam(_Sam):
 
 def _rows(inputs):
     "Rows of the first input of a network; those of a stack inside `vmap` all count"
-    x = inputs[0]
+    x = item_find(inputs)
     rows, n = len(x), x.numel()
     while torch._C._functorch.is_functorch_wrapped_tensor(x): x = torch._C._functorch.get_unwrapped(x)
     return rows * x.numel() // n
@@ -168,16 +176,16 @@ class _Past(_Plain):
 class _Saf(_Past):
     def __init__(self, cbs, stack, data):
         super().__init__(cbs, stack, data)
-        (self.lag,), self.table, self.n_rows = _same(cbs, 'lag'), {}, data.x.shape[1]
+        (self.lag, self.dtype), self.table, self.n_rows = _same(cbs, 'lag', 'dtype'), {}, data.x.shape[1]
         if self.n_rows % data.rows.shape[2]: raise ValueError('SAF can be stacked if each epoch sees all rows')
-    def past(self, stack, x, rows, epoch): return self.table[epoch - self.lag].gather(1, self.index(rows)) if epoch >= self.start else None
+    def past(self, stack, x, rows, epoch): return self.table[epoch - self.lag].gather(1, self.index(rows)).float() if epoch >= self.start else None
     def index(self, rows): return rows[..., None].expand(-1, -1, self.classes)
     def keep(self, z, rows, epoch):
         self.classes = z.shape[-1]
         if epoch not in self.table:
             self.table = {e: t for e, t in self.table.items() if e >= epoch - self.lag}
-            self.table[epoch] = torch.zeros(len(z), self.n_rows, self.classes)
-        self.table[epoch].scatter_(1, self.index(rows), z)
+            self.table[epoch] = torch.zeros(len(z), self.n_rows, self.classes, dtype=self.dtype)
+        self.table[epoch].scatter_(1, self.index(rows), (z - z.amax(-1, keepdim=True)).to(self.dtype))   # as `History` stores them
 
 class _Mesa(_Past):
     forwards = 1                      # from `start` on
@@ -196,11 +204,16 @@ def _same(cbs, *names):
         if len({getattr(cb, name) for cb in cbs}) > 1: raise ValueError(f'{name} must be the same in all runs of a stack')
     return [getattr(cbs[0], name) for name in names]
 
-# %% ../nbs/08c_stacked.ipynb #c2b2ba0c
+# %% ../nbs/08c_stacked.ipynb #1aacb67d
 class StackData:
     "Training rows of several seeds, and which of them each step sees; the first axis is the seed"
-    def __init__(self, loaders, epochs): # `DataLoaders` without transforms over `Labelled` data
-        for dls in loaders: _check_plain(dls.train)
+    def __init__(self,
+        loaders, # `DataLoaders` of `SeededDL`s over `Labelled` data, without transforms
+        epochs,  # an int from 1 up
+    ):
+        for dls in loaders: _check_plain(*dls.loaders[:2])
+        if len(sizes := {dls.train_ds.x.shape for dls in loaders}) > 1:
+            raise ValueError(f'training sets of {len(sizes)} shapes cannot be stacked')
         self.loaders, self.epochs = loaders, epochs
         self.x, self.y = (torch.stack([getattr(dls.train_ds, k) for dls in loaders]) for k in 'xy')
         self.rows = torch.stack([_order(dls, epochs) for dls in loaders])
@@ -212,9 +225,10 @@ class StackData:
         run = torch.arange(len(i))[:, None]
         return self.x[run, i], self.y[run, i], i
 
-# %% ../nbs/08c_stacked.ipynb #9a50e865
-def _check_plain(dl):
-    if not hasattr(dl.dataset, 'clean') or any(len(getattr(dl, k).fs) for k in ('after_item', 'after_batch')) or not dl.drop_last:
+# %% ../nbs/08c_stacked.ipynb #d1ec43d7
+def _check_plain(train, valid):
+    def plain(dl): return isinstance(dl.dataset, Labelled) and not any(len(getattr(dl, k).fs) for k in ('after_item', 'before_batch', 'after_batch'))
+    if not (isinstance(train, SeededDL) and train.drop_last and plain(train) and plain(valid)):
         raise ValueError('stacked runs need loaders of this book, without transforms and with drop_last')
 
 def _order(dls, epochs):

@@ -41,7 +41,7 @@ def _rows(n, n_train, part, seed):
     test, pool = fixed[:n // 3], np.random.default_rng([seed, 0]).permutation(fixed[n // 3:])
     return tensor(pool[:n_train]), tensor(test if part == 'test' else pool[n_train:])
 
-# %% ../nbs/08b_tasks.ipynb #882d9cea
+# %% ../nbs/08b_tasks.ipynb #dd0abc67
 def split_loaders(
     data,        # 'digits', 'breast_cancer' or 'docstrings'
     seed,        # an int from 0 up: training rows, wrong labels, order of the batches
@@ -54,6 +54,7 @@ def split_loaders(
     raw = _sources[_one_of('data', data, _sources)]()
     _one_of('part', part, ('test', 'choose'))
     n = len(raw.y)
+    if at_least('noise', noise, 0) > 1: raise ValueError(f'noise={noise!r} must be a number from 0 to 1')
     at_least('bs', bs, 1, whole=True), at_least('n_train', n_train, bs, whole=True)
     if n_train >= n - n // 3: raise ValueError(f'n_train={n_train} must be below {n - n // 3}, the rows of the pool of {data}')
     train, look = _rows(n, n_train, part, seed)

@@ -14,7 +14,7 @@ option = re.compile(r'^#\| *([\w-]+): *(.*?) *(?:\n|\Z)', re.M)
 
 def arguments(signature):
     "(name, default, comment) of each argument in a signature as nbdev prints it, and the comment on what it returns."
-    signature = re.sub(r'<function ([\w.]+) at 0x\w+>', r'\1', signature)      # a default inside a `partial`
+    signature = re.sub(r"<function ([\w.]+) at 0x\w+>|<class '(?:\w+\.)*(\w+)'>", r'\1\2', signature)   # in a `partial`
     args, rows, by_line = ast.parse(signature + '\n    ...').body[0].args, [], {}
     plain = args.posonlyargs + args.args
     defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults + [None] + args.kw_defaults + [None]

@@ -1,0 +1,204 @@
+"""The runs of the ledger, as plan.yml lays them down.
+
+    python benchmarks/claims/run.py choose [--settings q40,long] [--methods "SAM;SGD"]    # the grids, on the choosing seeds
+
+One line of JSON per setting and method, written when it is done, in results/PHASE.jsonl; started again, it goes on where
+it stopped. `choose` trains the whole grid of step sizes and strengths of a method and looks at the rows to choose by.
+Runs that differ in seed, step size or strength train as one stack (`sam_explained.stacked`), in one thread.
+"""
+import argparse
+import math
+import time
+from copy import copy
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+import sam_explained
+from sam_explained.compare import _own_luck, _set_all
+from sam_explained.journal import Journal
+from sam_explained.mesa import MESA
+from sam_explained.msam import MSAM
+from sam_explained.saf import SAF
+from sam_explained.sam import SAM, norm_params
+from sam_explained.ssam import SSAM, DSTMask, FisherMask, Mask, RandomMask
+from sam_explained.stacked import Stack, StackData, _kinds, _Sam, fit_stack, stack_norm, stack_times
+from sam_explained.tasks import task
+
+HERE = Path(__file__).parent
+PLAN = yaml.safe_load((HERE/'plan.yml').read_text())
+WIDTH = 100       # runs in a stack, about
+
+
+class Fixed(Mask):
+    "Always the same weights: those that `params` chooses of a model"
+    def __init__(self, params):
+        super().__init__(0., every=10**6)
+        self.params = params
+
+    def masks(self, ssam, weights, old=None):
+        chosen = {id(w) for w in self.params(ssam.model)}
+        return [torch.full(w.shape, id(w) in chosen) for w in weights]
+
+
+def last_layer(model): return list([m for m in model.modules() if isinstance(m, nn.Linear)][-1].parameters())
+
+
+class SecondOrder(SAM):
+    "The gradient of w -> L(w + eps(w)), with the derivative of eps; for stacks only"
+
+
+class StackedSecondOrder(_Sam):
+    "g2 + rho / |g| H (g2 - (g2 . u) u), u = g / |g|, g2 the gradient at w + eps: one Hessian-vector product more"
+    grads = 3
+
+    def gradient(self, stack, x, y, rows, step, epoch):
+        def g(*ws): return stack.gradient(list(ws), x, y)[0]
+        first = g(*stack.ws)
+        norm = stack_norm(first)
+        second = g(*self.uphill(stack.ws, first, self.rho))
+        u = stack_times(first, 1 / norm)
+        along = sum((a * b).flatten(1).sum(1) for a, b in zip(second, u))
+        v = stack_times([a - b for a, b in zip(second, stack_times(u, along))], self.rho / norm)
+        Hv = torch.func.jvp(g, tuple(stack.ws), tuple(v))[1]
+        return [a + b for a, b in zip(second, Hv)]
+
+
+_kinds[SecondOrder] = StackedSecondOrder
+
+
+def callback(method, strength, epochs, renorm=False):
+    "The callback of a method of the plan; None for SGD"
+    m, start = PLAN['methods'][method], max(3, epochs // 10)
+    if 'lam' in m:
+        if method == 'SAF': return SAF(strength, lag=3, start=start, tau_sq=True, dtype=torch.float32)
+        return MESA(strength, decay=0.99, start=start, tau_sq=True)
+    if 'rho' not in m: return None
+    if 'term' in m: return SecondOrder(strength)
+    if 'shards' in m: return MSAM(m['shards'], rho=strength)
+    if 'params' in m: return SSAM(Fixed({'norm_params': norm_params, 'last': last_layer}[m['params']]), strength, renorm=True)
+    if 'mask' in m:
+        s = m['sparsity']
+        made = {'fisher': lambda: FisherMask(s, n_samples=64, pattern=m.get('pattern', 'unstructured')),
+                'dst': lambda: DSTMask(s, every=2, n_samples=64), 'random': lambda: RandomMask(s)}[m['mask']]()
+        return SSAM(made, strength, renorm=renorm)
+    return SAM(strength)
+
+
+def strengths(method):
+    m = PLAN['methods'][method]
+    return PLAN['protocol']['lam'] if 'lam' in m else PLAN['protocol']['rho'] if 'rho' in m else [0.]
+
+
+def epochs_of(setting, method): return max(1, round(PLAN['settings'][setting]['epochs'] * PLAN['methods'][method].get('epochs', 1)))
+
+
+def prepared(setting, seeds, part, epochs):
+    "Models, training data and rows to look at, for each seed"
+    s = PLAN['settings'][setting]
+    t = task(s['data'], s['model'], noise=s['noise'], n_train=s['n_train'], bs=s['bs'], part=part)
+    models, loaders = [], []
+    for seed in seeds:
+        _set_all(seed)
+        loaders.append(t.dls(seed))
+        _set_all(seed)
+        models.append(t.model())
+    return models, StackData(loaders, epochs), loaders
+
+
+def part_of(data, runs):
+    "The data of `runs`, indices of seeds, which may repeat"
+    new = copy(data)
+    new.x, new.y, new.rows = data.x[runs], data.y[runs], data.rows[runs]
+    new.loaders = [data.loaders[r] for r in runs]
+    return new
+
+
+def trained(setting, method, cases, seeds, part, renorm=False, look=None):
+    """The stack of `cases`, triples (index of the seed, step size, strength), trained; and the loaders of all seeds"""
+    epochs = epochs_of(setting, method)
+    models, data, loaders = prepared(setting, seeds, part, epochs)
+    runs, lr, strength = zip(*cases)
+    stack = Stack([models[r] for r in runs])
+    cbs = [callback(method, s, epochs, renorm) for s in strength]
+    fit_stack(stack, part_of(data, list(runs)), cbs if cbs[0] else None, epochs, torch.tensor(lr), 0.9, 5e-4)
+    return stack, [loaders[r] for r in runs]
+
+
+@torch.no_grad()
+def looked(stack, loaders):
+    "Accuracy on the rows to look at and on the training rows in %, training loss, of each run"
+    found = []
+    for k in (1, 0):
+        sets = [dls.loaders[k].dataset for dls in loaders]
+        if len({ds.x.shape for ds in sets}) == 1: outs = list(stack.outputs(stack.ws, torch.stack([ds.x for ds in sets])))
+        else: outs = [stack.unstacked(r)(ds.x) for r, ds in enumerate(sets)]
+        found.append([100 * (z.argmax(1) == ds.y).float().mean().item() for z, ds in zip(outs, sets)])
+    return *found, [nn.functional.cross_entropy(z, ds.y).item() for z, ds in zip(outs, sets)]
+
+
+def chance(setting): return 100 / {'digits': 10, 'docstrings': 8, 'breast_cancer': 2}[PLAN['settings'][setting]['data']]
+
+
+def grid(setting, method, lrs, ss, seeds, part, renorm=False):
+    "Accuracies, an array (step size, strength, seed), with training accuracy and loss; in stacks of about WIDTH runs"
+    cases = list(product(range(len(seeds)), lrs, ss))
+    found = []
+    for k in range(0, len(cases), WIDTH):
+        found += zip(*looked(*trained(setting, method, cases[k:k + WIDTH], seeds, part, renorm)))
+    table = np.array(found).reshape(len(seeds), len(lrs), len(ss), 3).transpose(3, 1, 2, 0)
+    return [np.round(t, d).tolist() for t, d in zip(table, (2, 2, 4))]
+
+
+def choose(setting, method):
+    "The whole grid of a method"
+    lrs, ss = PLAN['protocol']['lr'][PLAN['settings'][setting]['lr']], strengths(method)
+    first, last = PLAN['protocol']['choose']['seeds']
+    accuracy, train, loss = grid(setting, method, lrs, ss, range(first, last + 1), 'choose')
+    return {'lr': lrs, 'strength': ss, 'accuracy': accuracy, 'train': np.mean(train, -1).round(2).tolist(),
+            'loss': np.mean(loss, -1).round(4).tolist()}
+
+
+def best(found):
+    "Index of step size and strength by the rule of the plan"
+    mean = np.mean(found['accuracy'], -1)
+    order = sorted(product(range(mean.shape[1]), range(mean.shape[0])))               # the smaller strength, then step size
+    s, l = max(order, key=lambda i: (round(float(mean[i[1], i[0]]), 6), -i[0], -i[1]))
+    return l, s
+
+
+def wanted(setting):
+    "The methods that a claim compares in this setting, in the order of the plan"
+    told = [name for c in PLAN['claims'] if setting in c['settings'] for name in c.get('compare', [])]
+    named = {n.strip().removeprefix('best of ') for t in told for n in (t.split(';') if ';' in t else [t] if t in PLAN['methods'] else t.split(', '))}
+    if unknown := named - set(PLAN['methods']): raise ValueError(f'plan.yml compares {unknown}, which is no method')
+    return [m for m in PLAN['methods'] if m in named | {'SGD', 'SAM'}]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    parser.add_argument('phase', choices=['choose'])
+    parser.add_argument('--settings', default=','.join(PLAN['settings']))
+    parser.add_argument('--methods', default=None, help='separated by semicolons')
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    journal = Journal(HERE/'results'/f'{args.phase}.jsonl', {'torch': torch.__version__, 'sam_explained': sam_explained.__version__})
+    for setting in args.settings.split(','):
+        for method in wanted(setting):
+            if args.methods and method not in args.methods.split(';'): continue
+            with journal.claim([setting, method]) as mine:
+                if not mine: continue
+                start = time.perf_counter()
+                with _own_luck(): found = choose(setting, method)
+                journal.add([setting, method], {**found, 'seconds': round(time.perf_counter() - start)})
+                l, s = best(found)
+                print(f'{setting:8}{method:22}{time.perf_counter() - start:6.0f} s   lr {found["lr"][l]}, strength '
+                      f'{found["strength"][s]}: {np.mean(found["accuracy"][l][s]):.2f} %', flush=True)
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,98 @@
+"""The machinery of the ledger: its plan can be run, and its own two methods are what they say."""
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sam_explained.compare import _set_all
+from sam_explained.sam import SAM, norm_params
+from sam_explained.stacked import Stack, StackData, fit_stack
+from sam_explained.tasks import he_mlp, task
+
+sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'/'claims'))
+import run
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def test_second_order_is_the_gradient_of_the_perturbed_loss():
+    torch.manual_seed(0)
+    models = [he_mlp(5, 4, 3).double() for _ in range(2)]
+    for m in models: m[1] = nn.Tanh()
+    x, y, rho = torch.randn(2, 7, 5).double(), torch.randint(3, (2, 7)), [.1, .4]
+    stack = Stack(models)
+    data = type('Data', (), {'x': x, 'rows': torch.zeros(2, 1, 7)})
+    method = run.StackedSecondOrder([run.SecondOrder(r) for r in rho], stack, data)
+    method.rho = method.rho.double()
+    found = method.gradient(stack, x, y, None, 0, 0)
+    first = run._Sam([SAM(r) for r in rho], stack, data)
+    first.rho = first.rho.double()
+    plain = first.gradient(stack, x, y, None, 0, 0)
+    for r, m in enumerate(models):
+        ws = dict(m.named_parameters())
+        def loss(ws): return F.cross_entropy(torch.func.functional_call(m, ws, (x[r],)), y[r])
+        g = torch.autograd.grad(loss(ws), list(ws.values()), create_graph=True)
+        norm = sum(t.square().sum() for t in g).sqrt()
+        moved = {k: w + rho[r] * t / norm for (k, w), t in zip(ws.items(), g)}
+        for a, b, c in zip(found, torch.autograd.grad(loss(moved), list(ws.values())), plain):
+            assert torch.allclose(a[r], b, rtol=0, atol=1e-7)      # rho is a float32
+            assert not torch.allclose(c[r], b, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize('params', [norm_params, run.last_layer])
+def test_a_fixed_part_is_sam_with_params(params):
+    t = task('digits', 'conv_gn', noise=.4, n_train=96)
+    _set_all(0)
+    dls = t.dls(0)
+    _set_all(0)
+    model = t.model()
+    stack = Stack([model])
+    fit_stack(stack, StackData([dls], 2), [run.SSAM(run.Fixed(params), .3, renorm=True)], 2, .02)
+    from sam_explained.compare import Protocol
+    alone = Protocol(t.model, t.dls, wd=0.).run([SAM(.3, params=params)], 0, 2, .02)[1].model
+    plain = Protocol(t.model, t.dls, wd=0.).run([], 0, 2, .02)[1].model
+    far = [max((a[0] - b).abs().max().item() for a, b in zip(stack.ws, m.parameters())) for m in (alone, plain)]
+    assert far[0] < 1e-5 < 1e-3 < far[1]
+
+
+def test_the_grid_is_in_its_order(monkeypatch):
+    "An array (step size, strength, seed): each cell is the run alone"
+    monkeypatch.setattr(run, 'WIDTH', 5)
+    monkeypatch.setitem(run.PLAN['settings'], 'tiny', {'data': 'digits', 'model': 'mlp', 'noise': .4, 'n_train': 48, 'bs': 24, 'epochs': 3, 'lr': 'mlp'})
+    accuracy, train, loss = run.grid('tiny', 'SAM', [.01, .05], [.1, .3, .5], range(2), 'choose')
+    for l, lr in enumerate([.01, .05]):
+        for s, rho in enumerate([.1, .3, .5]):
+            for r in range(2):
+                one = run.looked(*run.trained('tiny', 'SAM', [(0, lr, rho)], [r], 'choose'))
+                assert (accuracy[l][s][r], train[l][s][r]) == pytest.approx((one[0][0], one[1][0]), abs=.6)
+                assert loss[l][s][r] == pytest.approx(one[2][0], abs=1e-3)
+
+
+def test_the_rule_for_choosing():
+    found = {'accuracy': np.array([[[80, 82], [90, 70]], [[81, 81], [60, 60]]])}      # ties: (0, 0) and (1, 0)
+    assert run.best(found) == (0, 0)
+    found['accuracy'][1, 1] = 90
+    assert run.best(found) == (1, 1)
+
+
+def test_the_plan_can_be_run():
+    for name, s in run.PLAN['settings'].items():
+        assert s['lr'] in run.PLAN['protocol']['lr']
+        methods = run.wanted(name)
+        assert 'SGD' in methods and 'SAM' in methods
+        for m in methods:
+            cb = run.callback(m, 1., s['epochs'])
+            assert (cb is None) == m.startswith('SGD')
+    for c in run.PLAN['claims']: assert {'id', 'source', 'claim', 'refuted', 'metric', 'settings'} <= set(c), c['id']
+    ids = [c['id'] for c in run.PLAN['claims'] + run.PLAN['cost']]
+    assert len(ids) == len(set(ids))
