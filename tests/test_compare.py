@@ -39,9 +39,12 @@ def one_thread():
     torch.set_num_threads(n)
 
 
-def command(folder, *args, **kwargs):
+def heeds_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)       # a test run in the background passes on that it does not
+
+
+def command(folder, *args, preexec_fn=heeds_ctrl_c, **kwargs):
     return subprocess.Popen([COMMAND, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            cwd=folder, start_new_session=True, **kwargs)
+                            cwd=folder, start_new_session=True, preexec_fn=preexec_fn, **kwargs)
 
 
 def said(process):

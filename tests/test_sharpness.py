@@ -483,7 +483,7 @@ def test_a_compiled_model(where):
     if where == 'whole': model = torch.compile(model, backend='aot_eager')
     elif where == 'part': model[3] = torch.compile(model[3], backend='aot_eager')
     else: model.compile(backend='aot_eager')
-    with pytest.raises(RuntimeError, match='double backward'):
+    with pytest.raises(RuntimeError, match='double backward|donated buffers'):      # depends on what was compiled before
         loss = F.cross_entropy(model(data[0][0]), data[0][1])
         g = torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
         torch.autograd.grad(sum(x.sum() for x in g), list(model.parameters()))
