@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sam_explained.compare import _set_all
 from sam_explained.sam import SAM, norm_params
+from sam_explained.scores import fisher
 from sam_explained.stacked import Stack, StackData, fit_stack
 from sam_explained.tasks import he_mlp, task
 
@@ -96,3 +97,33 @@ def test_the_plan_can_be_run():
     for c in run.PLAN['claims']: assert {'id', 'source', 'claim', 'refuted', 'metric', 'settings'} <= set(c), c['id']
     ids = [c['id'] for c in run.PLAN['claims'] + run.PLAN['cost']]
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize('method', ['SSAM Fisher 50', 'SSAM 2:4', 'SSAM channels 50', 'SSAM random 90'])
+def test_masks_of_all_runs_at_once_are_those_of_the_callbacks(method):
+    t = task('digits', 'mlp', noise=.4, n_train=96)
+    ends = []
+    for linear in (True, False):
+        models, loaders = [], []
+        for seed in (0, 1):
+            _set_all(seed)
+            loaders.append(t.dls(seed))
+            _set_all(seed)
+            models.append(t.model())
+        cbs = [run.callback(method, rho, 3, linear=linear) for rho in (.1, .5)]
+        if not linear and 'random' in method: cbs = [run.SSAM(run.RandomMask(.9), rho) for rho in (.1, .5)]
+        assert isinstance(cbs[0], run.AtOnce) == linear
+        stack = Stack(models)
+        fit_stack(stack, StackData(loaders, 3), cbs, 3, .02)
+        ends.append(stack.ws)
+    for a, b in zip(*ends): assert torch.allclose(a, b, rtol=0, atol=2e-6)
+
+
+def test_linear_fisher():
+    "Against the scores of the library, row by row"
+    torch.manual_seed(0)
+    models = [he_mlp(5, 6, 4, 3).double() for _ in range(3)]
+    x, y = torch.randn(3, 7, 5).double(), torch.randint(3, (3, 7))
+    found = run.linear_fisher(Stack(models).ws, x, y)
+    for r, m in enumerate(models):
+        for a, b in zip(found, fisher(m, F.cross_entropy, (x[r],), (y[r],))): assert torch.allclose(a[r], b, rtol=0, atol=1e-12)

@@ -13,6 +13,7 @@ from copy import copy
 from functools import partial
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -26,13 +27,14 @@ from sam_explained.mesa import MESA
 from sam_explained.msam import MSAM
 from sam_explained.saf import SAF
 from sam_explained.sam import SAM, norm_params
+from sam_explained.scores import top_mask
 from sam_explained.ssam import SSAM, DSTMask, FisherMask, Mask, RandomMask
-from sam_explained.stacked import Stack, StackData, _kinds, _Sam, fit_stack, stack_norm, stack_times
+from sam_explained.stacked import Stack, StackData, _kinds, _Sam, _Ssam, fit_stack, stack_norm, stack_times
 from sam_explained.tasks import task
 
 HERE = Path(__file__).parent
 PLAN = yaml.safe_load((HERE/'plan.yml').read_text())
-WIDTH = 100       # runs in a stack, about
+WIDTH = 400       # rows of a stack: runs times shards; wider ones leave the cache
 
 
 class Fixed(Mask):
@@ -72,8 +74,48 @@ class StackedSecondOrder(_Sam):
 _kinds[SecondOrder] = StackedSecondOrder
 
 
-def callback(method, strength, epochs, renorm=False):
-    "The callback of a method of the plan; None for SGD"
+class OwnFisher(FisherMask):
+    "The Fisher mask of a run that may have diverged"
+    def scores(self, ssam, weights): return [s.nan_to_num() for s in super().scores(ssam, weights)]
+
+
+class AtOnce(SSAM):
+    "SSAM with random masks, or Fisher masks of linear layers, of all runs at once; for stacks only"
+
+
+class StackedAtOnce(_Ssam):
+    """For linear layers the squared gradients of single rows need not be made: theirs is the product of what came in, a, and
+    of what comes back, d, so that their sum is (d * d)' (a * a)."""
+    def refresh(self, stack, epoch):
+        mask, runs = self.cbs[0].mask, len(stack.ws[0])
+        generator = mask.generator(SimpleNamespace(epoch=epoch))
+        if isinstance(mask, RandomMask):
+            scores = [torch.rand(w.shape[1:], generator=generator) for w in stack.ws]
+            return [m.expand(runs, *m.shape) for m in top_mask(scores, mask.sparsity, mask.pattern)]
+        rows = torch.randperm(self.data.x.shape[1], generator=generator)[:mask.n_samples]
+        scores = linear_fisher(stack.ws, self.data.x[:, rows], self.data.y[:, rows])
+        each = [top_mask([t.nan_to_num() for t in run], mask.sparsity, mask.pattern) for run in zip(*scores)]
+        return [torch.stack(m) for m in zip(*each)]
+
+
+def linear_fisher(ws, x, y):
+    "Summed squared gradients of the rows of each run, for linear layers with biases and ReLU between"
+    ins, layers = [x.flatten(2)], list(zip(ws[::2], ws[1::2]))
+    for W, b in layers: ins.append((ins[-1] @ W.mT + b[:, None]).relu())
+    W, b = layers[-1]
+    d = (ins[-2] @ W.mT + b[:, None]).softmax(-1) - nn.functional.one_hot(y, W.shape[1])
+    found = []
+    for a, (W, b) in zip(reversed(ins[:-1]), reversed(layers)):
+        found += [d.square().sum(1), d.square().mT @ a.square()]
+        d = (d @ W) * (a > 0)
+    return found[::-1]
+
+
+_kinds[AtOnce] = StackedAtOnce
+
+
+def callback(method, strength, epochs, renorm=False, linear=False):
+    "The callback of a method of the plan; None for SGD. `linear`: the network has linear layers only"
     m, start = PLAN['methods'][method], max(3, epochs // 10)
     if 'lam' in m:
         if method == 'SAF': return SAF(strength, lag=3, start=start, tau_sq=True, dtype=torch.float32)
@@ -84,15 +126,24 @@ def callback(method, strength, epochs, renorm=False):
     if 'params' in m: return SSAM(Fixed({'norm_params': norm_params, 'last': last_layer}[m['params']]), strength, renorm=True)
     if 'mask' in m:
         s = m['sparsity']
-        made = {'fisher': lambda: FisherMask(s, n_samples=64, pattern=m.get('pattern', 'unstructured')),
+        made = {'fisher': lambda: OwnFisher(s, n_samples=64, pattern=m.get('pattern', 'unstructured')),
                 'dst': lambda: DSTMask(s, every=2, n_samples=64), 'random': lambda: RandomMask(s)}[m['mask']]()
-        return SSAM(made, strength, renorm=renorm)
+        return (AtOnce if m['mask'] == 'random' or linear and m['mask'] == 'fisher' else SSAM)(made, strength, renorm=renorm)
     return SAM(strength)
 
 
-def strengths(method):
+def choosing(setting):
+    "Seeds, step sizes and radii to choose from: those of the protocol, or what was added for this setting"
+    protocol, (first, last) = PLAN['protocol'], PLAN['protocol']['choose']['seeds']
+    found = {'seeds': [first, last], 'lr': protocol['lr'][PLAN['settings'][setting]['lr']], 'rho': protocol['rho'], 'lam': protocol['lam']}
+    for a in PLAN['added']: found |= a['choose'].get(setting, {})
+    first, last = found['seeds']
+    return found | {'seeds': range(first, last + 1)}
+
+
+def strengths(setting, method):
     m = PLAN['methods'][method]
-    return PLAN['protocol']['lam'] if 'lam' in m else PLAN['protocol']['rho'] if 'rho' in m else [0.]
+    return choosing(setting)['lam' if 'lam' in m else 'rho'] if 'lam' in m or 'rho' in m else [0.]
 
 
 def epochs_of(setting, method): return max(1, round(PLAN['settings'][setting]['epochs'] * PLAN['methods'][method].get('epochs', 1)))
@@ -122,10 +173,12 @@ def part_of(data, runs):
 def trained(setting, method, cases, seeds, part, renorm=False, look=None):
     """The stack of `cases`, triples (index of the seed, step size, strength), trained; and the loaders of all seeds"""
     epochs = epochs_of(setting, method)
-    models, data, loaders = prepared(setting, seeds, part, epochs)
     runs, lr, strength = zip(*cases)
+    used = sorted(set(runs))
+    models, data, loaders = prepared(setting, [seeds[r] for r in used], part, epochs)
+    runs = [used.index(r) for r in runs]
     stack = Stack([models[r] for r in runs])
-    cbs = [callback(method, s, epochs, renorm) for s in strength]
+    cbs = [callback(method, s, epochs, renorm, PLAN['settings'][setting]['model'] == 'mlp') for s in strength]
     fit_stack(stack, part_of(data, list(runs)), cbs if cbs[0] else None, epochs, torch.tensor(lr), 0.9, 5e-4)
     return stack, [loaders[r] for r in runs]
 
@@ -149,17 +202,17 @@ def grid(setting, method, lrs, ss, seeds, part, renorm=False):
     "Accuracies, an array (step size, strength, seed), with training accuracy and loss; in stacks of about WIDTH runs"
     cases = list(product(range(len(seeds)), lrs, ss))
     found = []
-    for k in range(0, len(cases), WIDTH):
-        found += zip(*looked(*trained(setting, method, cases[k:k + WIDTH], seeds, part, renorm)))
+    width = max(1, WIDTH // PLAN['methods'][method].get('shards', 1))
+    for k in range(0, len(cases), width):
+        found += zip(*looked(*trained(setting, method, cases[k:k + width], seeds, part, renorm)))
     table = np.array(found).reshape(len(seeds), len(lrs), len(ss), 3).transpose(3, 1, 2, 0)
     return [np.round(t, d).tolist() for t, d in zip(table, (2, 2, 4))]
 
 
 def choose(setting, method):
     "The whole grid of a method"
-    lrs, ss = PLAN['protocol']['lr'][PLAN['settings'][setting]['lr']], strengths(method)
-    first, last = PLAN['protocol']['choose']['seeds']
-    accuracy, train, loss = grid(setting, method, lrs, ss, range(first, last + 1), 'choose')
+    lrs, seeds, ss = choosing(setting)['lr'], choosing(setting)['seeds'], strengths(setting, method)
+    accuracy, train, loss = grid(setting, method, lrs, ss, seeds, 'choose')
     return {'lr': lrs, 'strength': ss, 'accuracy': accuracy, 'train': np.mean(train, -1).round(2).tolist(),
             'loss': np.mean(loss, -1).round(4).tolist()}
 
