@@ -47,6 +47,12 @@ bench: .venv/ready  ## what a step costs beside plain SGD: SAM, mSAM, a part of 
 	$(VENV)/python benchmarks/eigen.py
 	$(VENV)/python benchmarks/slices.py
 
+claims: .venv/ready  ## the runs of the ledger, on from where they stopped (hours; several may run at once)
+	$(VENV)/python benchmarks/claims/run.py choose
+	$(VENV)/python benchmarks/claims/judge.py runs
+	$(VENV)/python benchmarks/claims/judge.py shards
+	$(VENV)/python benchmarks/claims/judge.py rate
+
 clean:           ## remove what was built, keep the environments
 	rm -rf _proc _docs build *.egg-info
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sam_explained.claims import Ledger
 from sam_explained.compare import _set_all
 from sam_explained.sam import SAM, norm_params
 from sam_explained.scores import fisher
@@ -15,15 +16,11 @@ from sam_explained.stacked import Stack, StackData, fit_stack
 from sam_explained.tasks import he_mlp, task
 
 sys.path.insert(0, str(Path(__file__).parents[1]/'benchmarks'/'claims'))
+import judge
 import run
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def test_second_order_is_the_gradient_of_the_perturbed_loss():
@@ -79,13 +76,6 @@ def test_the_grid_is_in_its_order(monkeypatch):
                 assert loss[l][s][r] == pytest.approx(one[2][0], abs=1e-3)
 
 
-def test_the_rule_for_choosing():
-    found = {'accuracy': np.array([[[80, 82], [90, 70]], [[81, 81], [60, 60]]])}      # ties: (0, 0) and (1, 0)
-    assert run.best(found) == (0, 0)
-    found['accuracy'][1, 1] = 90
-    assert run.best(found) == (1, 1)
-
-
 def test_the_plan_can_be_run():
     for name, s in run.PLAN['settings'].items():
         assert s['lr'] in run.PLAN['protocol']['lr']
@@ -127,3 +117,72 @@ def test_linear_fisher():
     found = run.linear_fisher(Stack(models).ws, x, y)
     for r, m in enumerate(models):
         for a, b in zip(found, fisher(m, F.cross_entropy, (x[r],), (y[r],))): assert torch.allclose(a[r], b, rtol=0, atol=1e-12)
+
+
+def test_shards_take_a_step_each():
+    "Against a loop over runs and shards with autograd"
+    torch.manual_seed(0)
+    models = [he_mlp(5, 6, 3) for _ in range(2)]
+    x, y = torch.randn(2, 12, 5), torch.randint(3, (2, 12))
+    for m in (1, 4, 12):
+        for r, found in enumerate(judge.shard_rises(Stack(models), x, y, m)):
+            rises, model = [], models[r]
+            for xb, yb in zip(x[r].split(m), y[r].split(m)):
+                loss = F.cross_entropy(model(xb), yb)
+                g = torch.autograd.grad(loss, list(model.parameters()))
+                norm = torch.cat([t.flatten() for t in g]).norm()
+                up = {k: w + .05 * t / norm for (k, w), t in zip(model.named_parameters(), g)}
+                rises.append((F.cross_entropy(torch.func.functional_call(model, up, (xb,)), yb) - loss).item())
+            assert found == pytest.approx(np.mean(rises), abs=1e-6)
+
+
+def test_the_rate_in_numpy():
+    "With no mask: sum(1 - cos w), its gradient sin w, noise and start as drawn"
+    gen = torch.Generator().manual_seed(3)
+    w, squares = 3 * torch.rand(20, generator=gen).double().numpy(), []
+    for t in range(1, 129):
+        squares.append((np.sin(w)**2).sum())
+        noise = torch.randn(20, generator=gen).double().numpy() / np.sqrt(20)
+        g = np.sin(w) + noise
+        w = w - .25 / np.sqrt(t) * (np.sin(w + .5 / np.sqrt(t) * g / np.sqrt((g**2).sum())) + noise)
+    found = judge.rate('all', 3, most=7)
+    means = [np.mean(squares[:64]), np.mean(squares)]
+    assert found['means'] == pytest.approx(means, abs=2e-6)
+    assert found['exponent'] == pytest.approx(np.log2(means[1] / means[0]), abs=2e-5)
+
+
+CHEAP = 'q20', 'q60', 'q80', 'tumour', 'clean', 'q40', 'text0', 'text', 'long', 'conv', 'attn'
+
+
+@pytest.mark.parametrize('claim', [c['id'] for c in run.PLAN['claims'] if 'compare' in c])
+def test_one_cell_of_each_row_comes_out_again(claim):
+    "The first run a claim compares, in the cheapest of its settings, for two seeds: what the ledger says"
+    ledger = Ledger(run.HERE)
+    claim = ledger.claims[claim]
+    setting = min(claim['settings'], key=CHEAP.index)
+    cell = ledger.pairs(claim, setting)[0][0]
+    there, found = ledger.judge[setting, *cell], judge.judged(setting, cell, judge.SEEDS[:2], curved='lambda' in claim['metric'])
+    assert found['accuracy'] == pytest.approx(there['accuracy'][:2], abs=.5)          # three rows of the smaller part
+    assert found['loss'] == pytest.approx(there['loss'][:2], rel=.02)
+    for k in found.keys() & {'lambda_1', 'lambda_5', 'adaptive', 'ball'}: assert found[k] == pytest.approx(there[k][:2], rel=.05)
+
+
+def test_rows_of_another_kind_come_out_again():
+    ledger = Ledger(run.HERE)
+    assert judge.shards('clean', 1000)['tau'] == pytest.approx(ledger.shards['clean', 1000]['tau'], abs=.02)
+    for mask in ('all', 'Fisher half'):
+        there = ledger.rate[mask, 1000]
+        assert judge.rate(mask, 1000, most=10)['means'] == pytest.approx(there['means'][:5], rel=1e-4)
+
+
+def test_all_rows_are_there():
+    "Each claim in each of its settings, with all seeds, once; and each line of the files is of the plan"
+    ledger = Ledger(run.HERE)
+    rows = [r for r, _, _ in ledger.rows()]
+    assert {(r.claim, r.setting) for r in rows} == {(c['id'], s) for c in run.PLAN['claims'] for s in c['settings']}
+    for setting in run.PLAN['settings']:
+        for cell in judge.cells(setting, ledger):
+            assert len(ledger.judge[setting, *cell]['accuracy']) == len(judge.SEEDS), (setting, cell)
+    assert len(ledger.rate) == 3 * len(judge.SEEDS) and len(ledger.shards) == 2 * len(judge.SEEDS)
+    for (setting, method), grid in ledger.choose.items():
+        assert np.shape(grid['accuracy']) == (len(grid['lr']), len(grid['strength']), len(run.choosing(setting)['seeds']))

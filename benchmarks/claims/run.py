@@ -7,7 +7,10 @@ it stopped. `choose` trains the whole grid of step sizes and strengths of a meth
 Runs that differ in seed, step size or strength train as one stack (`sam_explained.stacked`), in one thread.
 """
 import argparse
-import math
+import json
+import os
+import platform
+import sys
 import time
 from copy import copy
 from functools import partial
@@ -21,6 +24,7 @@ import yaml
 from torch import nn
 
 import sam_explained
+from sam_explained.claims import Ledger
 from sam_explained.compare import _own_luck, _set_all
 from sam_explained.journal import Journal
 from sam_explained.mesa import MESA
@@ -217,20 +221,23 @@ def choose(setting, method):
             'loss': np.mean(loss, -1).round(4).tolist()}
 
 
-def best(found):
-    "Index of step size and strength by the rule of the plan"
-    mean = np.mean(found['accuracy'], -1)
-    order = sorted(product(range(mean.shape[1]), range(mean.shape[0])))               # the smaller strength, then step size
-    s, l = max(order, key=lambda i: (round(float(mean[i[1], i[0]]), 6), -i[0], -i[1]))
-    return l, s
-
-
 def wanted(setting):
     "The methods that a claim compares in this setting, in the order of the plan"
     told = [name for c in PLAN['claims'] if setting in c['settings'] for name in c.get('compare', [])]
     named = {n.strip().removeprefix('best of ') for t in told for n in (t.split(';') if ';' in t else [t] if t in PLAN['methods'] else t.split(', '))}
     if unknown := named - set(PLAN['methods']): raise ValueError(f'plan.yml compares {unknown}, which is no method')
     return [m for m in PLAN['methods'] if m in named | {'SGD', 'SAM'}]
+
+
+def journal(name):
+    "The file of a phase; which command wrote into it, with which versions and on what machine, is noted beside it"
+    about = {'torch': torch.__version__, 'sam_explained': sam_explained.__version__}
+    found = Journal(HERE/'results'/f'{name}.jsonl', about)
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
+    told = {'command': ' '.join(['python', *map(os.path.relpath, sys.argv[:1]), *sys.argv[1:]]), **about, 'cores': os.cpu_count(),
+            'GiB': round(memory), 'python': platform.python_version(), 'date': time.strftime('%Y-%m-%d')}
+    with open(HERE/'results'/'commands.jsonl', 'a') as f: f.write(json.dumps(told) + '\n')
+    return found
 
 
 def main(argv=None):
@@ -240,18 +247,17 @@ def main(argv=None):
     parser.add_argument('--methods', default=None, help='separated by semicolons')
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    journal = Journal(HERE/'results'/f'{args.phase}.jsonl', {'torch': torch.__version__, 'sam_explained': sam_explained.__version__})
+    book = journal(args.phase)
     for setting in args.settings.split(','):
         for method in wanted(setting):
             if args.methods and method not in args.methods.split(';'): continue
-            with journal.claim([setting, method]) as mine:
+            with book.claim([setting, method]) as mine:
                 if not mine: continue
                 start = time.perf_counter()
                 with _own_luck(): found = choose(setting, method)
-                journal.add([setting, method], {**found, 'seconds': round(time.perf_counter() - start)})
-                l, s = best(found)
-                print(f'{setting:8}{method:22}{time.perf_counter() - start:6.0f} s   lr {found["lr"][l]}, strength '
-                      f'{found["strength"][s]}: {np.mean(found["accuracy"][l][s]):.2f} %', flush=True)
+                book.add([setting, method], {**found, 'seconds': round(time.perf_counter() - start)})
+                print(f'{setting:8}{method:22}{time.perf_counter() - start:6.0f} s   lr, strength', *Ledger(HERE).chosen(setting, method),
+                      f'{np.mean(found["accuracy"], -1).max():.2f} %', flush=True)
 
 
 if __name__ == '__main__': main()
