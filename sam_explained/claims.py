@@ -185,7 +185,7 @@ def of_ranks(self:Ledger, claim, setting):
     low, high = np.quantile([ranked(rng.integers(n, size=n)) for _ in range(2000)], [.025, .975])
     yield Row(claim['id'], setting, (f'{len(runs)} methods',), (), 'rank correlation', .5, 'below', (), Difference(ranked(np.arange(n)), low, high, math.nan, n), 0)
 
-# %% ../nbs/09_claims.ipynb #90bf13a2
+# %% ../nbs/09_claims.ipynb #9f3cbce1
 _special = {'shards-correlate': Ledger.of_shards, 'msam-radius': Ledger.of_radius, 'ssam-rate': Ledger.of_rate, 'sharpness-ranks': Ledger.of_ranks}
 
 def _said(row, corrected):
@@ -196,10 +196,12 @@ def _said(row, corrected):
 @patch
 def rows(self:Ledger):
     "All rows that have been run, as pairs `(Row, corrected p-value, verdict)`; the correction is over all of them"
+    if hasattr(self, '_found'): return self._found
     found = [row for c in self.plan['claims'] for s in c['settings'] for row in _special.get(c['id'], Ledger.compared)(self, c, s)]
     tested = [i for i, r in enumerate(found) if r.d is not None and not math.isnan(r.d.p)]
     corrected = dict(zip(tested, holm([found[i].d.p for i in tested])))
-    return [(r, corrected.get(i, math.nan), _said(r, corrected.get(i))) for i, r in enumerate(found)]
+    self._found = [(r, corrected.get(i, math.nan), _said(r, corrected.get(i))) for i, r in enumerate(found)]
+    return self._found
 
 # %% ../nbs/09_claims.ipynb #255f5f3a
 def _number(row, x, sign=''):
@@ -241,7 +243,17 @@ def table(self:Ledger, claim):
                           'difference': told_difference(r), 'p': '' if math.isnan(p) else f'{p:.2g}', 'verdict': v,
                           'collapsed': lost(r)} for r, p, v in found])
 
-# %% ../nbs/09_claims.ipynb #7aea94cf
+# %% ../nbs/09_claims.ipynb #5f82d837
+@patch
+def _more(self:Ledger, c):
+    "What would decide the settings that are open, as Markdown"
+    wide = [(r.setting, seeds_needed(r) or 1001) for r, _, v in self.rows() if r.claim == c['id'] and v == VERDICTS[2] and r.d and len(r.left) == 4]
+    most = {s: max(n for t, n in wide if t == s) for s, _ in wide}
+    commands = [f'python benchmarks/claims/judge.py runs --settings {s} --seeds 2000-{1999 + n}' for s, n in most.items() if n <= 1000]
+    told = 'To decide what is open, at the spread seen here:\n\n```bash\n' + '\n'.join(commands) + '\n```' if commands else ''
+    many = [s for s, n in most.items() if n > 1000]
+    return told + (f'\n\nMore than a thousand seeds would be needed for: {", ".join(many)}.' if many else '')
+
 @patch
 def show(self:Ledger,
     claim, # its id in the plan
@@ -253,9 +265,7 @@ def show(self:Ledger,
     lines = [f'**Claim** ({source}). {c["claim"]}', f'**Refuted by:** {c["refuted"]}.', f'**Measured:** {c["metric"]}.']
     lines += ['**Tried on:** ' + '; '.join(f'*{s}*: {self.place(s)}' for s in c['settings']) + '.']
     display(Markdown('\n\n'.join(lines)), self.table(claim).style.hide())
-    more = [f'{r.setting}: {n or "more than 1,000"}' for r, _, v in self.rows() if r.claim == claim and v == VERDICTS[2] and r.d and r.kind != 'below'
-            for n in [seeds_needed(r)]]
-    if more: display(Markdown(f'Seeds that would decide, at the spread seen here: {", ".join(more)}.'))
+    if more := self._more(c): display(Markdown(more))
 
 # %% ../nbs/09_claims.ipynb #599f65e6
 @patch
