@@ -4,8 +4,8 @@
 
 A ResNet-20 for CIFAR after twenty steps on one batch of random pictures, evaluation mode, all weights. PyHessian
 (`pip install pyhessian`; its rows are left out without it) uses power iteration with deflation. Both are asked for a
-relative tolerance of a thousandth. The methods take turns, in an order drawn anew for each round; a ratio is taken inside
-each round. The errors are relative to a run of Lanczos with a tolerance of 1e-7. The clock counts processor time.
+relative tolerance of a thousandth. The methods take turns; a ratio is taken inside each round. The errors are relative
+to a run of Lanczos with a tolerance of 1e-7. The clock counts processor time.
 """
 import argparse
 import json
@@ -18,10 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
-import two_pass as bench
-
+from sam_explained.cost import HostClock, interleave
 from sam_explained.hessian import top_eigenvalues
+from sam_explained.prices import cifar_resnet
 
 try: import pyhessian
 except ImportError: pyhessian = None
@@ -30,7 +29,7 @@ except ImportError: pyhessian = None
 def trained(rows, steps=20):
     "The network and its one batch"
     torch.manual_seed(0)
-    model, x, y = bench.resnet(), torch.randn(rows, 3, 32, 32), torch.randint(0, 10, (rows,))
+    model, x, y = cifar_resnet(), torch.randn(rows, 3, 32, 32), torch.randint(0, 10, (rows,))
     opt = torch.optim.SGD(model.parameters(), .1, momentum=.9)
     for _ in range(steps):
         opt.zero_grad()
@@ -65,16 +64,13 @@ def measure(rounds, threads, rows):
     methods = {('Lanczos', k): partial(ours, model, x, y, k) for k in (1, 5)}
     if pyhessian: methods |= {('PyHessian', k): partial(theirs, model, x, y, k) for k in (1, 5)}
     exact = top_eigenvalues((model, F.cross_entropy, [(x, y)]), 6, tol=1e-7, progress=False).values
-    found, times, turns = {}, {name: [] for name in methods}, np.random.default_rng(0)
-    for _ in range(rounds):
-        for i in turns.permutation(len(methods)):
-            name = list(methods)[i]
-            start = time.process_time()
-            found[name] = methods[name]()
-            times[name].append(time.process_time() - start)
+    found = {}
+    def run(name): found[name] = methods[name]()
+    times = np.array(list(interleave([partial(run, name) for name in methods], HostClock(time.process_time), rounds)))
+    times = dict(zip(methods, times.T))
     table = [dict(method=name, k=k, products=found[name, k][1], seconds=float(np.median(times[name, k])),
                   error=float(max(abs(found[name, k][0] / exact[:k] - 1))),
-                  ratio=float(np.median(np.array(times[name, k]) / times['Lanczos', k]))) for name, k in methods]
+                  ratio=float(np.median(times[name, k] / times['Lanczos', k]))) for name, k in methods]
     what = (f'ResNet-20 for CIFAR, {sum(w.numel() for w in model.parameters()):,} weights, {rows} rows, {threads} thread(s), '
             f'processor time, {rounds} rounds, torch {torch.__version__}, float32')
     print(what), print('eigenvalues', exact.round(3))

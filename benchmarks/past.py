@@ -3,9 +3,9 @@
     python benchmarks/past.py [--rounds 30] [--warmup 2] [--threads 1] [--batch 128] [--json OUT]
 
 A ResNet-20 for CIFAR in fastai Learners, after an epoch that has filled the table of SAF, so that the term counts for
-every row. All methods take turns step by step, as in `two_pass.py`, whose `interleave` this uses; a ratio is taken
-inside each round, and the table shows the median and the quartiles. A step is all that a fit does for a batch: the
-loader (with the ids, for SAF), the callbacks, the passes, the optimizer. `SGD again` is SGD against itself, the noise.
+every row. All methods take turns step by step, as in `two_pass.py`, whose `times` this uses; a ratio is taken inside
+each round, and the table shows the median and the quartiles. A step is all that a fit does for a batch: the loader
+(with the ids, for SAF), the callbacks, the passes, the optimizer. `SGD again` is SGD against itself, the noise.
 `predicted` counts passes: a forward is one unit, a backward two. The clock counts processor time.
 """
 import argparse
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import two_pass as bench
 
 from sam_explained.mesa import MESA
+from sam_explained.prices import cifar_resnet
 from sam_explained.saf import SAF
 from sam_explained.sam import SAM
 
@@ -40,7 +41,7 @@ n_batches = 4   # in an epoch
 def learner(name, batch):
     "After its first epoch"
     torch.manual_seed(0)
-    model, n = bench.resnet(), batch * n_batches
+    model, n = cifar_resnet(), batch * n_batches
     rows = list(zip(torch.randn(n, 3, 32, 32), torch.randint(0, 10, (n,))))
     dls = DataLoaders(DataLoader(rows, bs=batch, shuffle=True, num_workers=0), DataLoader(rows[:1], bs=1))
     learn = Learner(dls, model, nn.CrossEntropyLoss(), partial(SGD, mom=0.9), lr=bench.LR, wd=0., default_cbs=False,
@@ -66,8 +67,8 @@ def steps(learn):
 
 def measure(rounds, warmup, threads, batch):
     turns = {name: partial(next, steps(learner(name, batch))) for name in methods}
-    times = bench.interleave(turns, rounds, warmup, torch.device('cpu'), bench.clocks['cpu'])
-    n = sum(w.numel() for w in bench.resnet().parameters())
+    times = bench.times(turns, rounds, warmup, torch.device('cpu'), bench.clocks['cpu'])
+    n = sum(w.numel() for w in cifar_resnet().parameters())
     what = (f'ResNet-20 for CIFAR, {n:,} parameters, batch {batch}, {threads} thread(s), processor time, {rounds} rounds, '
             f'torch {torch.__version__}, float32')
     rows = [dict(method=name, ms=1e3 * float(np.median(times[:, k])), predicted=units / 3,

@@ -2,8 +2,8 @@
 
     python benchmarks/shards.py [--models resnet resnet_gn mlp small deep] [--shards 1 2 4 8] [--batch 128] [--json OUT]
 
-Callbacks in a Learner, driven as in `two_pass.py`: one process, all methods take turns step by step in an order drawn
-anew for each round, and a ratio is taken inside each round. `SAM again` is SAM against itself, the noise. A method that
+Callbacks in a Learner, driven as in `two_pass.py`: one process, all methods take turns step by step, and a ratio is
+taken inside each round. `SAM again` is SAM against itself, the noise. A method that
 a model does not allow (`vmap` with batch norm) has no row. With a GPU: `--device cuda --batch 512 --shards 1 2 4 8 16`.
 """
 import argparse
@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import two_pass as bench
 
 from sam_explained.msam import MSAM
+from sam_explained.prices import cifar_resnet
 from sam_explained.sam import SAM
 
 
@@ -31,8 +32,8 @@ def group_norm(model):
 
 
 about_models = {  # name: (the model, the shape of a row, what it is)
-    'resnet': (bench.resnet, (3, 32, 32), 'small ResNet, batch norm'),
-    'resnet_gn': (lambda: group_norm(bench.resnet()), (3, 32, 32), 'small ResNet, group norm'),
+    'resnet': (cifar_resnet, (3, 32, 32), 'small ResNet, batch norm'),
+    'resnet_gn': (lambda: group_norm(cifar_resnet()), (3, 32, 32), 'small ResNet, group norm'),
     'mlp': (lambda: bench.mlp(784, 256, 256, 256, 10), (784,), 'MLP 784-256-256-256-10'),
     'small': (lambda: bench.mlp(64, 64, 64, 10), (64,), 'MLP 64-64-64-10'),
     'deep': (lambda: bench.mlp(*[32] * 62, 10), (32,), 'MLP, 62 layers of 32'),
@@ -67,9 +68,9 @@ def main(argv=None):
         make, shape, what = about_models[name]
         bench.models[name] = make, (args.batch, *shape)
         steps = methods(name, device, args.shards)
-        first = bench.interleave(steps, 1, 2, device, clock).sum()
+        first = bench.times(steps, 1, 2, device, clock).sum()
         rounds = int(min(200, max(8, args.seconds / first)))
-        times = bench.interleave(steps, rounds, 0, device, clock)
+        times = bench.times(steps, rounds, 0, device, clock)
         print(f'\n{what}, batch {args.batch}: SAM {1e3 * np.median(times[:, 0]):.1f} ms a step, {rounds} rounds')
         for k, (road, n) in enumerate(steps):
             low, mid, high = np.percentile(times[:, k] / times[:, 0], [25, 50, 75])

@@ -4,8 +4,8 @@
 
 `state_dict` loads the weights of a point and then runs through the data, for one point after the other; `slice_2d` loads
 the data once and visits all points, 50 at once where it finds that both roads agree (as it does here); with `vmap=False`
-it visits one point after the other. The data are batches from a fastai loader, or the same batches held in memory. All take turns in an order drawn anew for each round, as in
-`two_pass.py`, and a ratio is taken inside each round. The clock counts processor time.
+it visits one point after the other. The data are batches from a fastai loader, or the same batches held in memory. All
+take turns, as in `two_pass.py`, and a ratio is taken inside each round. The clock counts processor time.
 """
 import argparse
 import json
@@ -71,7 +71,7 @@ def plane(objective, directions, n, vmap): return slice_2d(objective, directions
 
 def measure(rounds, warmup, n, bs, threads):
     ways = methods(n, bs)
-    times = bench.interleave(ways, rounds, warmup, torch.device('cpu'), bench.clocks['cpu'])
+    times = bench.times(ways, rounds, warmup, torch.device('cpu'), bench.clocks['cpu'])
     what = (f'{n} x {n} points, MLP 64-64-64-10, 1,000 digits in batches of {bs}, {threads} thread(s), processor time, '
             f'{rounds} rounds, torch {torch.__version__}, float32')
     print(what)

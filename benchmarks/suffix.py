@@ -2,10 +2,10 @@
 
     python benchmarks/suffix.py [--rounds 8] [--warmup 1] [--threads 1] [--net NAME] [--json OUT]
 
-A ResNet-18 for CIFAR and a ViT-S/16. All methods take turns step by step, as in `two_pass.py`, whose `interleave` this
-uses; a ratio is taken inside each round, and the table shows the median and the quartiles. `SGD again` is SGD against
-itself, the noise. `predicted` is 1 + f with f counted (`suffix_for`), for the norm layers 5/3 (the weight gradients of
-the first pass are the only unit saved). The clock counts processor time.
+A ResNet-18 for CIFAR and a ViT-S/16. All methods take turns step by step, as in `two_pass.py`, whose `times` this uses;
+a ratio is taken inside each round, and the table shows the median and the quartiles. `SGD again` is SGD against itself,
+the noise. `predicted` is 1 + f with f counted (`suffix_for`), for the norm layers 5/3 (the weight gradients of the first
+pass are the only unit saved). The clock counts processor time.
 """
 import argparse
 import json
@@ -22,51 +22,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import two_pass as bench
 
 from sam_explained.core import two_pass
+from sam_explained.prices import cost_models
 from sam_explained.reuse import Prefix, _work_before
 from sam_explained.sam import norm_params
-
-
-def resnet18():
-    "Four stages of two blocks behind a 3x3 stem"
-    torch.manual_seed(0)
-    stages = [nn.Sequential(bench.Block(a, b, s), bench.Block(b, b, 1))
-              for a, b, s in [(64, 64, 1), (64, 128, 2), (128, 256, 2), (256, 512, 2)]]
-    stem = nn.Sequential(nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True))
-    return nn.Sequential(stem, *stages, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
-
-
-class Attention(nn.Module):
-    "A transformer block, norm first"
-    def __init__(self, d, heads):
-        super().__init__()
-        self.norm1, self.qkv, self.proj, self.norm2 = nn.LayerNorm(d), nn.Linear(d, 3 * d), nn.Linear(d, d), nn.LayerNorm(d)
-        self.mlp, self.heads = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(), nn.Linear(4 * d, d)), heads
-
-    def forward(self, x):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = x + self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
-
-
-class Tokens(nn.Module):
-    "An image as 196 patches and a class token, with positions"
-    def __init__(self, d):
-        super().__init__()
-        self.embed, self.start = nn.Conv2d(3, d, 16, 16), nn.Parameter(.02 * torch.randn(1, 1, d))
-        self.where = nn.Parameter(.02 * torch.randn(1, 197, d))
-
-    def forward(self, x):
-        x = self.embed(x).flatten(2).mT
-        return torch.cat([self.start.expand(len(x), -1, -1), x], 1) + self.where
-
-
-class First(nn.Module):
-    def forward(self, x): return x[:, 0]
-
-
-def vit_s16(d=384, depth=12, heads=6):
-    torch.manual_seed(0)
-    return nn.Sequential(Tokens(d), *[Attention(d, heads) for _ in range(depth)], nn.LayerNorm(d), First(), nn.Linear(d, 10))
 
 
 def half_of_all(model, weights):
@@ -76,14 +34,14 @@ def half_of_all(model, weights):
     return [(torch.rand(w.shape, generator=gen) < keep).to(w.dtype) for w in weights]
 
 
-def since(stage, model): return model[stage:].parameters()
+def since(first, model): return model[first:].parameters()
 
 
-kinds = {  # of the ResNet; name: (what is perturbed, first child perturbed, masked?)
+kinds = {  # of the ResNet, whose stages begin at 3, 5, 7 and 9; name: (what is perturbed, first child perturbed, masked?)
     'SAM': (partial(since, 0), 0, False),
-    'last two stages': (partial(since, 3), 3, False),
-    'last stage': (partial(since, 4), 4, False),
-    'half of all weights, inside the last stage': (partial(since, 4), 4, True),
+    'last two stages': (partial(since, 7), 7, False),
+    'last stage': (partial(since, 9), 9, False),
+    'half of all weights, inside the last stage': (partial(since, 9), 9, True),
     'normalisation layers': (norm_params, None, False),
 }
 blocks = {  # of the ViT
@@ -93,14 +51,15 @@ blocks = {  # of the ViT
     'normalisation layers': (norm_params, None, False),
 }
 nets = {  # name: (maker, shape of a batch, kinds)
-    'ResNet-18 for CIFAR': (resnet18, (32, 3, 32, 32), kinds),
-    'ViT-S/16': (vit_s16, (4, 3, 224, 224), blocks),
+    'ResNet-18 for CIFAR': (cost_models['resnet18'][0], (32, 3, 32, 32), kinds),
+    'ViT-S/16': (cost_models['vit_s'][0], (4, 3, 224, 224), blocks),
 }
 
 
 def step(net, kind, batch=None):
     "A function that takes one step of `kind` on one batch; a `kind` that is not in the table is SGD"
     make, (usual, *shape), kinds = nets[net]
+    torch.manual_seed(0)
     model, x, y = make(), torch.randn(batch or usual, *shape), torch.randint(0, 10, (batch or usual,))
     opt = torch.optim.SGD(model.parameters(), bench.LR, momentum=0.9)
     def loss(): return F.cross_entropy(model(x), y)
@@ -139,7 +98,7 @@ def predicted(net, kind):
 def measure(net, rounds, warmup, threads, batch=None):
     make, (usual, *_), kinds = nets[net]
     steps = {kind: step(net, kind, batch) for kind in ('SGD', 'SGD again', *kinds)}
-    times = bench.interleave(steps, rounds, warmup, torch.device('cpu'), bench.clocks['cpu'])
+    times = bench.times(steps, rounds, warmup, torch.device('cpu'), bench.clocks['cpu'])
     n = sum(w.numel() for w in make().parameters())
     what = (f'{net}, {n:,} parameters, batch {batch or usual}, {threads} thread(s), processor time, {rounds} rounds, '
             f'torch {torch.__version__}, float32')

@@ -2,10 +2,10 @@
 
     python benchmarks/two_pass.py [--models resnet deep mlp] [--steps 150] [--threads 1] [--device cpu] [--json OUT]
 
-All methods run in one process and take turns step by step, in an order drawn anew for each round, so that no method
-always follows the same other one (a step is slower after one that has used much memory). A ratio is taken inside each
-round, this method's step over the SGD step of the same round, and the table shows the median and the quartiles of these
-ratios. Two rows say how far to trust the others:
+All methods run in one process and take turns step by step, in orders in which each follows each other one equally
+often (a step is slower after one that has used much memory); the methods, the turns and the count of bytes are those
+of `sam_explained.cost`. A ratio is taken inside each round, this method's step over the SGD step of the same round, and
+the table shows the median and the quartiles of these ratios. Two rows say how far to trust the others:
 
 - `SGD again` is SGD against itself. How far its ratio is from 1, and how wide its quartiles are, is the noise.
 - `two-pass floor` is two forwards, two backwards and one optimizer step, and none of SAM's arithmetic. Its first
@@ -25,53 +25,24 @@ import gc
 import json
 import platform
 import time
-import weakref
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fastai.basics import (SGD, Callback, CancelBackwardException, DataLoaders, Learner, Recorder, TrainEvalCallback,
-                           noop)
+from fastai.basics import SGD, DataLoaders, Learner, Recorder, TrainEvalCallback, noop
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from sam_explained.core import two_pass
-from sam_explained.sam import SAM as SAMCallback
-
-try: from pytorch_optimizer import SAM as PeerSAM
-except ImportError: PeerSAM = None
+from sam_explained.cost import (Allocated, HostClock, PeerSAM, TwoPassFloor, interleave, peak_bytes, peer_sam, plain_floor,
+                                plain_sam, plain_sgd)
+from sam_explained.prices import cifar_resnet
+from sam_explained.sam import SAM
 
 LR, RHO = 1e-3, 0.05
 
 
 # Models and one batch for each ------------------------------------------------------------------------------------
-
-class Block(nn.Module):
-    "Two 3x3 convolutions with batch norm and a shortcut"
-    def __init__(self, n_in, n, stride):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(n_in, n, 3, stride, 1, bias=False), nn.BatchNorm2d(n)
-        self.conv2, self.bn2 = nn.Conv2d(n, n, 3, 1, 1, bias=False), nn.BatchNorm2d(n)
-        fit = [] if n_in == n and stride == 1 else [nn.Conv2d(n_in, n, 1, stride, bias=False), nn.BatchNorm2d(n)]
-        self.short = nn.Sequential(*fit)
-
-    def forward(self, x):
-        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + self.short(x))
-
-
-def resnet(width=16, depth=3):
-    "A CIFAR ResNet: three stages of `depth` blocks"
-    layers, n_in = [nn.Conv2d(3, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()], width
-    for stage in range(3):
-        for i in range(depth):
-            n = width * 2**stage
-            layers.append(Block(n_in, n, 2 if stage and not i else 1))
-            n_in = n
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(n_in, 10))
-
 
 def mlp(*sizes):
     layers = [l for a, b in zip(sizes, sizes[1:]) for l in (nn.Linear(a, b), nn.ReLU())]
@@ -79,7 +50,7 @@ def mlp(*sizes):
 
 
 models = {  # name: (the model, the shape of a batch)
-    'resnet': (resnet, (32, 3, 32, 32)),
+    'resnet': (cifar_resnet, (32, 3, 32, 32)),
     'deep': (lambda: mlp(*[32] * 62, 10), (64, 32)),
     'mlp': (lambda: mlp(784, 256, 256, 256, 10), (64, 784)),
 }
@@ -95,52 +66,11 @@ def build(name, device):
 
 # Methods: a function that takes one step ----------------------------------------------------------------------------
 
-def plain(name, device, kind):
-    "A step in plain PyTorch: 'sgd', 'floor', 'two_pass', or a peer"
+def plain(name, device, make, **kwargs):
+    "A step in plain PyTorch; `make` is a method of `sam_explained.cost`"
     model, x, y = build(name, device)
-    ws = list(model.parameters())
-    opt = torch.optim.SGD(ws, LR, momentum=0.9)
-
     def loss(): return F.cross_entropy(model(x), y)
-
-    def sgd():
-        loss().backward()
-        opt.step()
-        opt.zero_grad()
-
-    def floor():
-        torch.autograd.grad(loss(), ws)
-        sgd()
-
-    def ours():
-        two_pass(loss, ws, RHO, model=model)
-        opt.step()
-        opt.zero_grad()
-
-    return {'sgd': sgd, 'floor': floor, 'two_pass': ours}[kind]
-
-
-def peer(name, device, foreach):
-    "pytorch_optimizer's SAM by its two-call interface; it does not look after batch norm or dropout"
-    model, x, y = build(name, device)
-    opt = PeerSAM(model.parameters(), torch.optim.SGD, rho=RHO, foreach=foreach, lr=LR, momentum=0.9)
-
-    def step():
-        F.cross_entropy(model(x), y).backward()
-        opt.first_step(zero_grad=True)
-        F.cross_entropy(model(x), y).backward()
-        opt.second_step(zero_grad=True)
-    return step
-
-
-class Floor(Callback):
-    "Two passes in a Learner, and nothing else"
-    order, run_valid = SAMCallback.order, False
-    def before_backward(self):
-        torch.autograd.grad(self.learn.loss_grad, list(self.model.parameters()))
-        self.learn.loss_grad = self.learn.loss_func(self.learn.model(*self.learn.xb), *self.learn.yb)
-        self.learn._backward()
-        raise CancelBackwardException
+    return make(model, loss, partial(torch.optim.SGD, lr=LR, momentum=0.9), **kwargs)
 
 
 def in_learner(name, device, *cbs):
@@ -158,18 +88,18 @@ def in_learner(name, device, *cbs):
 
 def plain_methods(name, device):
     "Row name -> step; the first row is what the others are compared with, the third is the floor"
-    steps = {'SGD': plain(name, device, 'sgd'), 'SGD again': plain(name, device, 'sgd'),
-             'two-pass floor': plain(name, device, 'floor'), 'two_pass': plain(name, device, 'two_pass')}
+    steps = {'SGD': plain(name, device, plain_sgd), 'SGD again': plain(name, device, plain_sgd),
+             'two-pass floor': plain(name, device, plain_floor), 'two_pass': plain(name, device, plain_sam, rho=RHO)}
     if PeerSAM:
-        steps['pytorch_optimizer SAM'] = peer(name, device, False)
-        steps['pytorch_optimizer SAM, foreach'] = peer(name, device, True)
+        steps['pytorch_optimizer SAM'] = plain(name, device, peer_sam, rho=RHO, foreach=False)
+        steps['pytorch_optimizer SAM, foreach'] = plain(name, device, peer_sam, rho=RHO)
     return steps
 
 
 def learner_methods(name, device):
     return {'Learner': in_learner(name, device), 'Learner again': in_learner(name, device),
-            'two-pass floor in a Learner': in_learner(name, device, Floor()),
-            'SAM callback': in_learner(name, device, SAMCallback(RHO))}
+            'two-pass floor in a Learner': in_learner(name, device, TwoPassFloor()),
+            'SAM callback': in_learner(name, device, SAM(RHO))}
 
 
 # Time and memory ----------------------------------------------------------------------------------------------------
@@ -181,70 +111,30 @@ def wait(device):
 clocks = {'wall': time.perf_counter, 'cpu': time.process_time}
 
 
-def seconds(step, device, clock):
-    wait(device)
-    start = clock()
-    step()
-    wait(device)
-    return clock() - start
-
-
-def interleave(methods, rounds, warmup, device, clock):
-    "Seconds of every step, an array of shape (rounds, methods)"
+def times(methods, rounds, warmup, device, clock):
+    "Seconds of every step, an array of shape (rounds, methods), after `warmup` steps of each"
     steps = list(methods.values())
     for _ in range(warmup):
         for step in steps: step()
-    times = np.zeros((rounds, len(steps)))
-    turns = np.random.default_rng(0)
-    for r in range(rounds):
-        for k in turns.permutation(len(steps)): times[r, k] = seconds(steps[k], device, clock)
-    return times
-
-
-class Allocated(TorchDispatchMode):
-    "Bytes of the tensors made inside, now and at most; what a kernel takes and returns within itself is not seen"
-    def __init__(self):
-        super().__init__()
-        self.now = self.most = 0
-        self.seen = set()
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        old = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if torch.is_tensor(t)}
-        out = func(*args, **(kwargs or {}))
-        for t in tree_leaves(out):
-            if torch.is_tensor(t) and t.untyped_storage()._cdata not in old | self.seen: self._made(t.untyped_storage())
-        return out
-    def _made(self, storage):
-        self.seen.add(storage._cdata)
-        self.now += storage.nbytes()
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-    def _freed(self, key, n):
-        self.seen.discard(key)
-        self.now -= n
+    def now():
+        wait(device)
+        return clock()
+    return np.array(list(interleave(steps, HostClock(now), rounds)))
 
 
 def peak(step, device):
-    "The most bytes that one step holds above what it found"
     gc.collect()
-    if device.type != 'cuda':
-        with Allocated() as memory: step()
-        return memory.most
-    wait(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    step()
-    wait(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return peak_bytes(step, device)
 
 
 def measure(name, methods, rounds, warmup, device, clock):
     "The rows of one table"
     n_bytes = sum(w.numel() * w.element_size() for w in build(name, device)[0].parameters())
-    times = interleave(methods, rounds, warmup, device, clock)
+    seconds = times(methods, rounds, warmup, device, clock)
     peaks = [peak(step, device) for step in methods.values()]
-    ratios, above = times / times[:, :1], times / times[:, 2:3] - 1
+    ratios, above = seconds / seconds[:, :1], seconds / seconds[:, 2:3] - 1
     quartiles = lambda x: [float(q) for q in np.percentile(x, [25, 50, 75])]
-    return [dict(model=name, method=m, ms=1e3 * float(np.median(times[:, k])),
+    return [dict(model=name, method=m, ms=1e3 * float(np.median(seconds[:, k])),
                  ratio=quartiles(ratios[:, k]), over_floor=quartiles(above[:, k]),
                  copies=(peaks[k] - peaks[0]) / n_bytes, peak_mb=peaks[k] / 2**20) for k, m in enumerate(methods)]
 

@@ -14,10 +14,10 @@ __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'co
            'plane_through', 'slice_explorer', 'TrackSharpness', 'Journal', 'split_loaders', 'he_mlp', 'small_conv',
            'SmallTransformer', 'task', 'Stack', 'StackData', 'fit_stack', 'SameDraws', 'CountPasses', 'EpochRows',
            'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown', 'plot_compare', 'parse_method', 'sam_compare',
-           'step_cost', 'PlainStep', 'show_costs', 'paired_cost', 'verdict', 'cost_growth', 'save_costs', 'load_costs',
-           'cost_about', 'sam_cost']
+           'difference', 'holm', 'decide', 'Ledger', 'step_cost', 'PlainStep', 'show_costs', 'paired_cost', 'verdict',
+           'cost_growth', 'save_costs', 'load_costs', 'cost_about', 'sam_cost']
 
-# %% ../nbs/30_all.ipynb #db3b861f
+# %% ../nbs/30_all.ipynb #d5cec44c
 from .landscape import *
 from .core import *
 from .data import digits, docstrings, noisy
@@ -42,10 +42,11 @@ from .tasks import *
 from .stacked import *
 from .compare import *
 from .command import *
+from .claims import *
 from .cost import *
 from .prices import *
 
-# %% ../nbs/30_all.ipynb #9bf2cc5e
+# %% ../nbs/30_all.ipynb #92d0bda8
 _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path',
          'descend', 'Frames', 'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats',
          'same_rng', 'same_hidden', 'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params',
@@ -57,5 +58,5 @@ _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'cont
          'eigen_directions', 'turn_slices', 'plane_through', 'slice_explorer', 'TrackSharpness', 'Journal',
          'split_loaders', 'he_mlp', 'small_conv', 'SmallTransformer', 'task', 'Stack', 'StackData', 'fit_stack',
          'SameDraws', 'CountPasses', 'EpochRows', 'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown',
-         'plot_compare', 'parse_method', 'sam_compare', 'step_cost',
+         'plot_compare', 'parse_method', 'sam_compare', 'difference', 'holm', 'decide', 'Ledger', 'step_cost',
          'PlainStep', 'show_costs', 'paired_cost', 'verdict', 'cost_growth', 'save_costs', 'load_costs', 'cost_about', 'sam_cost']

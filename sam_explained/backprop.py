@@ -10,33 +10,37 @@ from contextlib import contextmanager
 import torch
 from torch.overrides import TorchFunctionMode
 
-# %% ../nbs/02b_backprop.ipynb #2c2c285d
+# %% ../nbs/02b_backprop.ipynb #9e38a23d
 def _hooks(w, m):
-    "What to save, and what to give back: `w`, transposed or not, comes back masked; anything else as it is"
+    "What to save and what to give back: `w`, transposed or not, comes back masked"
+    home = w.untyped_storage().data_ptr()
     def pack(t):
-        same = t.untyped_storage().data_ptr() == w.untyped_storage().data_ptr()
-        return (t.size(), t.stride(), t.storage_offset() - w.storage_offset()) if same else t
+        if t.untyped_storage().data_ptr() != home: return t
+        return t.size(), t.stride(), t.storage_offset() - w.storage_offset()
     def unpack(t): return t if torch.is_tensor(t) else _laid_out_like(w * m, w).as_strided(*t)
     return pack, unpack
 
-def _laid_out_like(x, w): return torch.empty_strided(w.size(), w.stride(), dtype=x.dtype, device=x.device).copy_(x)
+def _laid_out_like(x, w):
+    return torch.empty_strided(w.size(), w.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
-# %% ../nbs/02b_backprop.ipynb #157311a0
+# %% ../nbs/02b_backprop.ipynb #8cc1de33
 class _Swap(TorchFunctionMode):
-    "Linear layers and convolutions whose weight is in `masks` save the masked weight in its place"
+    "Linear layers and convolutions whose weight is in `masks` save the masked weight instead"
     layers = {torch._C._nn.linear, torch.conv1d, torch.conv2d, torch.conv3d,
               torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d}
     def __init__(self, masks):
         super().__init__()
         self.masks, self.used = {id(w): m for w, m in masks.items()}, False
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        w = kwargs.get('weight', args[1] if len(args) > 1 else None) if func in self.layers else None
+        kwargs, w = kwargs or {}, None
+        if func in self.layers: w = kwargs.get('weight', args[1] if len(args) > 1 else None)
         m = self.masks.get(id(w))
         if m is None: return func(*args, **kwargs)
         self.used, at = True, _as_autocast_would(w)
-        args, kwargs = [at if a is w else a for a in args], {k: at if a is w else a for k, a in kwargs.items()}
-        with torch.autograd.graph.saved_tensors_hooks(*_hooks(at.detach(), m)): return func(*args, **kwargs)
+        args = [at if a is w else a for a in args]
+        kwargs = {k: at if a is w else a for k, a in kwargs.items()}
+        hooks = _hooks(at.detach(), m)
+        with torch.autograd.graph.saved_tensors_hooks(*hooks): return func(*args, **kwargs)
 
 # %% ../nbs/02b_backprop.ipynb #79aee3fe
 def _as_autocast_would(w):
@@ -44,15 +48,17 @@ def _as_autocast_would(w):
     kind = w.device.type
     return w.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else w
 
-# %% ../nbs/02b_backprop.ipynb #64b08b5f
+# %% ../nbs/02b_backprop.ipynb #b7922c13
 @contextmanager
 def sparse_backward(
-    masks, # {weight: 0/1 tensor of its shape}; of linear layers and convolutions, others do nothing
+    masks, # {weight: 0/1 tensor of its shape}, of linear layers and convolutions
 ):
     "Around a forward pass: its backward sends gradients through masked weights, eq. (1)"
     for w, m in masks.items():
         if m.shape == w.shape: continue
-        raise ValueError(f'masks: a mask of shape {tuple(m.shape)} for a weight of shape {tuple(w.shape)}')
+        ours, theirs = tuple(m.shape), tuple(w.shape)
+        raise ValueError(f'masks: a mask of shape {ours} for a weight of shape {theirs}')
     swap = _Swap(masks)
     with swap: yield
-    if not swap.used: raise ValueError('masks: no linear layer or convolution has used one of these weights')
+    if swap.used: return
+    raise ValueError('masks: no linear layer or convolution has used one of these weights')

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['Difference', 'VERDICTS', 'Row', 'difference', 'holm', 'decide', 'Ledger', 'told_difference', 'seeds_needed']
 
-# %% ../nbs/09_claims.ipynb #5980069b
-import itertools
+# %% ../nbs/09_claims.ipynb #53c38a03
 import json
 import yaml
 from fastai.basics import *
 from scipy import stats
+import itertools
 from collections import namedtuple
 from itertools import product
 from .landscape import method_colors
@@ -202,6 +202,13 @@ def rows(self:Ledger):
     corrected = dict(zip(tested, holm([found[i].d.p for i in tested])))
     self._found = [(r, corrected.get(i, math.nan), _said(r, corrected.get(i))) for i, r in enumerate(found)]
     return self._found
+
+# %% ../nbs/09_claims.ipynb #0658be42
+@patch
+def missing(self:Ledger):
+    "Claims and settings of the plan without a row yet"
+    there = {(r.claim, r.setting) for r, _, _ in self.rows()}
+    return [(c['id'], s) for c in self.plan['claims'] for s in c['settings'] if (c['id'], s) not in there]
 
 # %% ../nbs/09_claims.ipynb #255f5f3a
 def _number(row, x, sign=''):

@@ -44,23 +44,30 @@ def turns(
         order = [(k + r) % n for k in zigzag]
         yield order[::-1] if n % 2 and (r // n) % 2 else order
 
-# %% ../nbs/10_cost.ipynb #fe883a4a
+# %% ../nbs/10_cost.ipynb #c769eace
 class HostClock:
-    "Seconds of a step, by a function without arguments such as `time.process_time`"
-    def __init__(self, now): self.now = now
+    "Seconds of a step, by a clock of the processor"
+    def __init__(self,
+        now, # function without arguments that gives seconds, such as `time.process_time`
+    ): self.now = now
     def __call__(self, step):
         start = self.now()
         step()
         return self.now() - start
     def read(self, seconds): return seconds
 
+# %% ../nbs/10_cost.ipynb #acd87d2b
 class GpuClock:
-    "Seconds between two events in the queue of the GPU; waits only when they are read"
+    "Seconds between two events in the queue of a GPU; waits only when they are read"
+    def __init__(self,
+        device=None, # which GPU; None: the current one
+    ): self.device = device
     def __call__(self, step):
+        queue = torch.cuda.current_stream(self.device)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        events[0].record()
+        events[0].record(queue)
         step()
-        events[1].record()
+        events[1].record(queue)
         return events
     def read(self, events):
         events[1].synchronize()
@@ -90,16 +97,23 @@ def median_interval(
     k = int(binom.ppf(.025, n, .5))
     return (float(np.median(x)), *((x[k - 1], x[n - k]) if k else (math.nan, math.nan)))
 
-# %% ../nbs/10_cost.ipynb #28c1ebe1
+# %% ../nbs/10_cost.ipynb #06d80613
 class PlainStep:
-    """A method without callbacks: `make(model, loss, opt_func)` gives a function that takes one
-    step; `loss()` is that of the batch"""
-    def __init__(self, make):
+    "A method without callbacks"
+    def __init__(self,
+        make, # function of model, loss and opt_func, like `plain_sgd`; gives one that takes a step
+    ):
         if not callable(make):
             raise TypeError(f'make={make!r} must be a function of model, loss and opt_func')
         self.make = make
 
-def plain_sgd(model, loss, opt_func):
+# %% ../nbs/10_cost.ipynb #826631f0
+def plain_sgd(
+    model,    # the network
+    loss,     # function without arguments: a forward of the batch, and its loss
+    opt_func, # function of parameters that makes a PyTorch optimizer
+):
+    "One forward, one backward, one step; a function that does so"
     opt = opt_func(model.parameters())
     def step():
         loss().backward()
@@ -107,8 +121,12 @@ def plain_sgd(model, loss, opt_func):
         opt.zero_grad()
     return step
 
-# %% ../nbs/10_cost.ipynb #0eac881d
-def plain_floor(model, loss, opt_func):
+# %% ../nbs/10_cost.ipynb #0071839e
+def plain_floor(
+    model,    # these three: see `plain_sgd`
+    loss,
+    opt_func,
+):
     "Two forwards, two backwards, one step: the least that two passes cost"
     weights = [w for w in model.parameters() if w.requires_grad]
     sgd = plain_sgd(model, loss, opt_func)
@@ -117,7 +135,14 @@ def plain_floor(model, loss, opt_func):
         sgd()
     return step
 
-def plain_sam(model, loss, opt_func, rho=.05):
+# %% ../nbs/10_cost.ipynb #ff10a3f5
+def plain_sam(
+    model,    # these three: see `plain_sgd`
+    loss,
+    opt_func,
+    rho=.05,  # radius
+):
+    "SAM in a loop of one's own, by `two_pass`"
     opt, weights = opt_func(model.parameters()), list(model.parameters())
     def step():
         two_pass(loss, weights, rho, model=model)
@@ -125,12 +150,18 @@ def plain_sam(model, loss, opt_func, rho=.05):
         opt.zero_grad()
     return step
 
-# %% ../nbs/10_cost.ipynb #d5148bf9
-def peer_sam(model, loss, opt_func, rho=.05):
+# %% ../nbs/10_cost.ipynb #aa842545
+def peer_sam(
+    model,    # these three: see `plain_sgd`
+    loss,
+    opt_func,
+    rho=.05,  # radius
+    foreach=True, # its arithmetic on all tensors at once; None: its default
+):
     "`pytorch_optimizer.SAM` by its two calls; batch norm and dropout are left as they come"
     if PeerSAM is None:
         raise ImportError('pytorch_optimizer is not installed: pip install pytorch_optimizer')
-    opt = PeerSAM(model.parameters(), opt_func, rho=rho, foreach=True)
+    opt = PeerSAM(model.parameters(), opt_func, rho=rho, foreach=foreach)
     def step():
         loss().backward()
         opt.first_step(zero_grad=True)
@@ -138,10 +169,11 @@ def peer_sam(model, loss, opt_func, rho=.05):
         opt.second_step(zero_grad=True)
     return step
 
-# %% ../nbs/10_cost.ipynb #4c792c44
+# %% ../nbs/10_cost.ipynb #e3845ed7
 class TwoPassFloor(Callback):
     "`plain_floor` in a Learner, also with mixed precision"
     order, run_valid = SAM.order, False
+    def __init__(self): pass    # a `Callback` would take a function for each event
     def before_backward(self):
         weights = [w for w in self.model.parameters() if w.requires_grad]
         torch.autograd.grad(self._scaled(), weights, allow_unused=True)
@@ -155,37 +187,6 @@ class TwoPassFloor(Callback):
     def _scaled(self):
         scaler = getattr(self.learn, 'scaler', None)
         return scaler.scale(self.learn.loss_grad) if scaler else self.learn.loss_grad
-
-# %% ../nbs/10_cost.ipynb #c7ca1826
-class _Passes:
-    "A hook that counts rows going forwards and backwards while `on`; a copy of the network counts on the same counter"
-    def __init__(self): self.on, self.rows = False, [0, 0]
-    def __deepcopy__(self, memo): return self
-    def __call__(self, module, inputs, out):
-        if not self.on: return
-        self.rows[0] += _rows(inputs)
-        if torch.is_tensor(out) and out.requires_grad: out.register_hook(self._back)
-    def _back(self, grad): self.rows[1] += _rows([grad])
-
-class _Loss:
-    "The loss of the batch; remembers the last one without waiting for it"
-    def __init__(self, model, setting): self.model, self.setting, self.last = model, setting, None
-    def __call__(self):
-        *xb, y = self.setting.batch
-        loss = self.setting.loss_func(self.model(*xb), y)
-        self.last = loss.detach()
-        return loss
-
-class _Plain:
-    "A `PlainStep` with a network of its own"
-    warm = 0
-    def __init__(self, method, setting, compiled):
-        self.model, self.passes = setting.network(compiled)
-        self.loss = _Loss(self.model, setting)
-        self.step = method.make(self.model, self.loss, setting.opt_func)
-    def ready(self): pass
-    def __call__(self): self.step()
-    def last(self): return self.loss.last
 
 # %% ../nbs/10_cost.ipynb #e203af95
 class _InLearner:
@@ -252,7 +253,17 @@ def peak_bytes(
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
-# %% ../nbs/10_cost.ipynb #3eb8f649
+# %% ../nbs/10_cost.ipynb #389c00ec
+class _Passes:
+    "A hook that counts rows going forwards and backwards while `on`; a copy of the network counts on the same counter"
+    def __init__(self): self.on, self.rows = False, [0, 0]
+    def __deepcopy__(self, memo): return self
+    def __call__(self, module, inputs, out):
+        if not self.on: return
+        self.rows[0] += _rows(inputs)
+        if torch.is_tensor(out) and out.requires_grad: out.register_hook(self._back)
+    def _back(self, grad): self.rows[1] += _rows([grad])
+
 class _Work(TorchDispatchMode):
     "`flops` of matrix products and convolutions; without the hooks of `FlopCounterMode`, which keep `Prefix` from work"
     flops = 0
@@ -279,8 +290,39 @@ def _peak(step, setting):
     step.ready()
     return peak_bytes(step, setting.device)
 
-# %% ../nbs/10_cost.ipynb #0d130483
+def _facts(steps, rows, setting):
+    "Passes, flops and peak memory of each; the passes of compiled code are counted on a twin that is not"
+    found = {}
+    for name, step in steps.items():
+        twin = setting.step(rows[name], False) if setting.compiled else step
+        if twin is not step: _warm_up({name: twin}, 1)
+        loop = 'plain' if isinstance(rows[name], PlainStep) else 'Learner'
+        counts, peak = _counted(twin, setting), _peak(step, setting)
+        found[name] = dict(loop=loop, **counts, peak=peak, weights=sum(setting.weights))
+    return found
+
+# %% ../nbs/10_cost.ipynb #a93c3e1c
 momentum_sgd = partial(torch.optim.SGD, lr=1e-3, momentum=.9, foreach=True)
+
+class _Loss:
+    "The loss of the batch; remembers the last one without waiting for it"
+    def __init__(self, model, setting): self.model, self.setting, self.last = model, setting, None
+    def __call__(self):
+        *xb, y = self.setting.batch
+        loss = self.setting.loss_func(self.model(*xb), y)
+        self.last = loss.detach()
+        return loss
+
+class _Plain:
+    "A `PlainStep` with a network of its own"
+    warm = 0
+    def __init__(self, method, setting, compiled):
+        self.model, self.passes = setting.network(compiled)
+        self.loss = _Loss(self.model, setting)
+        self.step = method.make(self.model, self.loss, setting.opt_func)
+    def ready(self): pass
+    def __call__(self): self.step()
+    def last(self): return self.loss.last
 
 class _Setting:
     "What all methods have in common; an error if it does not fit together"
@@ -302,9 +344,8 @@ class _Setting:
 
     def network(self, compiled):
         "A network, always with the same weights, and what counts its passes"
-        with torch.random.fork_rng([]):
-            torch.manual_seed(self.seed)
-            net, passes = self.model().to(self.device).train(), _Passes()
+        torch.manual_seed(self.seed)
+        net, passes = self.model().to(self.device).train(), _Passes()
         if compiled: return torch.compile(net, **({} if compiled is True else {'backend': compiled})), passes
         net.register_forward_hook(passes)
         return net, passes
@@ -335,6 +376,7 @@ def _all_rows(methods):
     return {**(_learner_rows if ours else {}), **ours,
             **({k: PlainStep(f) for k, f in _plain_rows.items()} if plain else {}), **plain}
 
+# %% ../nbs/10_cost.ipynb #8bff11fe
 def _clock(clock, device):
     "By name, or a function; None: the one for `device`"
     if clock is None: clock = 'events' if device.type == 'cuda' else 'cpu'
@@ -343,8 +385,18 @@ def _clock(clock, device):
     if clock not in known:
         raise ValueError(f"clock={clock!r} must be 'cpu', 'wall', 'events' or a function that gives seconds")
     if (clock == 'events') != (device.type == 'cuda'):
-        raise ValueError(f"clock={clock!r} does not see the work of a {device.type}; 'events' is for a GPU, others for a CPU")
-    return GpuClock() if clock == 'events' else HostClock(known[clock])
+        raise ValueError(f"clock={clock!r} does not see the work of a {device.type}; "
+                         "'events' is for a GPU, others for a CPU")
+    return GpuClock(device) if clock == 'events' else HostClock(known[clock])
+
+@contextmanager
+def _compiler_told():
+    "A sentence in place of the error of `torch.compile` when there is no C++ compiler"
+    try: yield
+    except RuntimeError as e:
+        if 'C++ compiler' not in str(e): raise
+        raise FileNotFoundError("compiled: inductor, PyTorch's default backend, found no C++ compiler, which it needs "
+                                'for a CPU; install g++ or clang++, or name one in the variable CXX') from e
 
 @contextmanager
 def _threads(n):
@@ -353,7 +405,6 @@ def _threads(n):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../nbs/10_cost.ipynb #6e815ff2
 def _processor():
     try: lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError: lines = []
@@ -363,10 +414,11 @@ def _about(rows, setting, clock, threads, warmup):
     "What all rounds of a file have in common"
     cuda = setting.device.type == 'cuda'
     device = torch.cuda.get_device_name(setting.device) if cuda else f'{_processor()}, {os.cpu_count()} cores'
-    opt, default = setting.opt_func, 'events' if cuda else 'cpu'
+    opt, default, extra = setting.opt_func, 'events' if cuda else 'cpu', L(setting.extra())
+    mode = first(cb.amp_mode.value for cb in extra if hasattr(cb, 'amp_mode'))  # an Enum, which `_described` leaves out
     return {'methods': list(rows), 'weights': setting.n_weights, 'tensors': len(setting.weights),
             'batch': [list(t.shape) for t in setting.batch], 'dtype': str(setting.batch[0].dtype).split('.')[1],
-            'extra': [_described(cb) for cb in L(setting.extra())], 'compiled': setting.compiled, 'device': device,
+            'autocast': mode, 'extra': [_described(cb) for cb in extra], 'compiled': setting.compiled, 'device': device,
             'threads': threads, 'clock': 'own' if callable(clock) else clock or default,
             'optimizer': _described(opt), 'warmup': warmup, 'seed': setting.seed,
             'torch': torch.__version__, 'python': platform.python_version(), 'sam_explained': sam_explained.__version__}
@@ -376,7 +428,7 @@ def _warm_up(steps, rounds):
     for name, step in steps.items():
         for _ in range(max(rounds, step.warm)):
             step.ready()
-            step()
+            with _compiler_told(): step()
         _check_finite(name, step.last())
 
 def _rounds(steps, clock, rounds, journal, progress):
@@ -388,17 +440,17 @@ def _rounds(steps, clock, rounds, journal, progress):
         done.append(seconds)
     return done[:rounds]
 
-# %% ../nbs/10_cost.ipynb #637a46ac
+# %% ../nbs/10_cost.ipynb #e7e90cd9
 def step_cost(
     methods,            # name -> function that gives callbacks, or `PlainStep`
     model,              # function that makes the network; called for each, with the same seed
     batch,              # a tuple of tensors, inputs, then targets; all happens on its device
     rounds=20,          # every method takes one step in each, an int from 1 up
     warmup=3,           # steps of each method before that, an int from 0 up
-    loss_func=nn.CrossEntropyLoss(),
+    loss_func=nn.CrossEntropyLoss(), # function of outputs and targets
     opt_func=momentum_sgd, # function of parameters that makes a PyTorch optimizer
     extra=list,         # function that gives callbacks for all methods, e.g. `MixedPrecision`
-    compiled=False,     # True, or a backend of `torch.compile`: the model is compiled
+    compiled=False,     # True or a backend: `torch.compile` the model; True on a CPU needs a C++ compiler
     clock=None,         # 'cpu' (processor time), 'wall', a function; None: 'cpu'; a GPU: its events
     threads=1,          # of PyTorch, on the CPU
     seed=0,             # of the weights
@@ -427,18 +479,6 @@ def step_cost(
     loads = [r['load'] for r in journal.runs] if journal else [os.getloadavg()[0]]
     about.update(rounds=rounds, load=round(float(np.median(loads)), 2))
     return cost_frame(dict(zip(rows, zip(*seconds))), facts, about)
-
-# %% ../nbs/10_cost.ipynb #8afc1617
-def _facts(steps, rows, setting):
-    "Passes, flops and peak memory of each; the passes of compiled code are counted on a twin that is not"
-    found = {}
-    for name, step in steps.items():
-        twin = setting.step(rows[name], False) if setting.compiled else step
-        if twin is not step: _warm_up({name: twin}, 1)
-        loop = 'plain' if isinstance(rows[name], PlainStep) else 'Learner'
-        counts, peak = _counted(twin, setting), _peak(step, setting)
-        found[name] = dict(loop=loop, **counts, peak=peak, weights=sum(setting.weights))
-    return found
 
 # %% ../nbs/10_cost.ipynb #1cad200e
 def cost_frame(

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from fastai.basics import *
 from .core import at_least
 
-# %% ../nbs/05e_history.ipynb #075bed6d
+# %% ../nbs/05e_history.ipynb #77a1969d
 def _last_wins(ids):
     "`ids`, sorted, and for each the place in `ids` at which it comes last; no host sync"
     ids, order = ids.sort(stable=True)
@@ -26,7 +26,7 @@ def _last_wins(ids):
     end = torch.where(last, here, len(ids)).flip(0).cummin(0).values.flip(0)
     return ids, order[end]               # `end`: where the run of equal ids ends
 
-# %% ../nbs/05e_history.ipynb #adc1f907
+# %% ../nbs/05e_history.ipynb #b4aae651
 def _storable(logits, dtype):
     """`logits` minus their row maximum in `dtype`, 0 where a row is not finite; and which
     are finite"""

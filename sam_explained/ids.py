@@ -14,7 +14,7 @@ from weakref import WeakKeyDictionary
 from fastai.basics import *
 from torch.utils.data import DataLoader as TorchLoader, IterableDataset
 
-# %% ../nbs/05d_ids.ipynb #7bdad537
+# %% ../nbs/05d_ids.ipynb #aa66c356
 class _Row(NamedTuple):
     "An item and its index in the data set"
     id: int
@@ -24,7 +24,7 @@ class _Tagged(list):
     """`[ids, batch]`: a list, as `to_device` and `pin_memory` know what to do with lists.
     NumPy's ids stay on the CPU"""
 
-# %% ../nbs/05d_ids.ipynb #5acb4bea
+# %% ../nbs/05d_ids.ipynb #7ca3bd52
 def _lengths(b):
     "The first dimension of every tensor and array in `b`"
     if isinstance(b, (torch.Tensor, np.ndarray)): return {len(b)} if b.ndim else set()
@@ -145,11 +145,11 @@ def _why_not(dl):
     if dl.n is None: return 'has no length: nobody knows how many indices there are'
     if 'create_batches' in vars(dl): return 'has a create_batches of its own, which need not make one item after the other'
 
-# %% ../nbs/05d_ids.ipynb #443cf1f9
+# %% ../nbs/05d_ids.ipynb #95dd5ff8
 def with_ids(
     dl, # a fastai or PyTorch `DataLoader` over a data set with indices; it is not changed
 ):
-    """A double of `dl` whose batches are `[ids, batch]`: the same batches, drawn with the
+    """A stand-in for `dl` whose batches are `[ids, batch]`: the same batches, drawn with the
     same random numbers, and the index of each row in `dl.dataset`, an int64 array `(rows,)`.
     ValueError if the items of `dl` have no index"""
     if isinstance(dl, _Double): return dl

@@ -48,40 +48,50 @@ def _cut(batch, n, rows, level=0):
     ends = [0, *accumulate(rows // n + (j < rows % n) for j in range(n))]
     return [_slice(batch, a, b, rows, level=level) for a, b in zip(ends, ends[1:])]
 
-# %% ../nbs/04_msam.ipynb #fa77eda5
+# %% ../nbs/04_msam.ipynb #b9f7e30f
 def shards(
-    batch,     # tensors, or tuples, lists and dicts of them, rows along the first dimension; numbers and `None` go to every shard
+    batch,     # tensors, or tuples, lists and dicts of them, rows along the first dimension
     n,         # how many, an int from 1 to the number of rows
     rows=None, # how many rows `batch` has; `None`: as many as its first tensor
 ):
-    "Cut a batch into a list of `n` shards, consecutive rows whose numbers differ by at most one, the larger ones first"
+    "Cut a batch into a list of `n` shards of consecutive rows, the larger ones first"
     at_least('n', n, 1, whole=True)
-    if rows is None and not _tensors(batch): raise ValueError('batch holds no tensor with rows; give rows=, how many it has')
+    if rows is None and not _tensors(batch):
+        raise ValueError('batch holds no tensor with rows; give rows=, how many it has')
     rows = len(_tensors(batch)[0]) if rows is None else rows
-    if n > rows: raise ValueError(f'n={n} shards need at least as many rows, but the batch has {rows}')
+    if n > rows:
+        raise ValueError(f'n={n} shards need at least as many rows, but the batch has {rows}')
     return _cut(batch, n, rows)
 
-# %% ../nbs/04_msam.ipynb #30edc09d
+# %% ../nbs/04_msam.ipynb #8bc79574
 def _only_plain(model, loss_func):
     "An error if `torch.func.vmap` over shards would not compute what a loop over shards does"
-    if isinstance(model, DistributedDataParallel): raise ValueError('vmap=True does not work under DistributedDataParallel; use vmap=False')
-    if getattr(loss_func, 'weight', getattr(getattr(loss_func, 'func', None), 'weight', None)) is not None:
-        raise ValueError('vmap=True does not work with class weights, whose mean is not that over the rows; use vmap=False')
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError('vmap=True does not work under DistributedDataParallel; '
+                         'use vmap=False')
+    inner = getattr(loss_func, 'func', None)
+    if getattr(loss_func, 'weight', getattr(inner, 'weight', None)) is not None:
+        raise ValueError('vmap=True does not work with class weights, whose mean is not '
+                         'that over the rows; use vmap=False')
     for name, m in model.named_modules():
         stats = getattr(m, 'running_mean', None) is not None and m.training
         if stats or hasattr(type(m), 'reset'):
-            raise ValueError(f'vmap=True does not work with {name or "model"} ({type(m).__name__}), which '
-                             f'{"updates running statistics" if stats else "remembers the batch before"}; use vmap=False')
+            what = 'updates running statistics' if stats else 'remembers the batch before'
+            raise ValueError(f'vmap=True does not work with {name or "model"} '
+                             f'({type(m).__name__}), which {what}; use vmap=False')
 
-# %% ../nbs/04_msam.ipynb #ac744acc
+# %% ../nbs/04_msam.ipynb #c6a57b64
 def _apart(model, xb):
-    "After the forward of `xb`, if that is the next, DDP will not exchange gradients; whether it does is decided in a forward"
+    "After the forward of `xb`, if that is the next, DDP will not exchange gradients"
+    # whether it does is decided in a forward
     usual, handles = model.require_backward_grad_sync, []
-    def before(_, args): model.require_backward_grad_sync = usual and not all(a is x for a, x in zip(args, xb))
+    def before(_, args):
+        model.require_backward_grad_sync = usual and not all(a is x for a, x in zip(args, xb))
     def after(*_):
         model.require_backward_grad_sync = usual
         for h in handles: h.remove()
-    handles += [model.register_forward_pre_hook(before), model.register_forward_hook(after, always_call=True)]
+    handles += [model.register_forward_pre_hook(before),
+                model.register_forward_hook(after, always_call=True)]
 
 # %% ../nbs/04_msam.ipynb #a64378ca
 @contextmanager
@@ -95,55 +105,62 @@ def _all_or_nothing(params):
             else: w.grad.copy_(g)
         raise
 
-# %% ../nbs/04_msam.ipynb #547aa738
+# %% ../nbs/04_msam.ipynb #1ee6cf00
 def _summed(loss_func):
-    "Is `loss_func` a sum over the batch and not a mean? MixUp puts its own function in front of the one that knows"
+    "Is `loss_func` a sum over the batch and not a mean? MixUp puts its own function in front"
     loss_func = getattr(getattr(loss_func, '__self__', None), 'old_lf', loss_func)
-    return 'sum' in (getattr(loss_func, 'reduction', None), getattr(loss_func, 'keywords', {}).get('reduction'))
+    keywords = getattr(loss_func, 'keywords', {})
+    return 'sum' in (getattr(loss_func, 'reduction', None), keywords.get('reduction'))
 
-# %% ../nbs/04_msam.ipynb #01fce3b9
+# %% ../nbs/04_msam.ipynb #cfb5f425
 @delegates()
 class MSAM(SAM):
-    "SAM with a perturbation of its own for each shard of the batch; the gradient is the mean over the shards"
+    "SAM with a perturbation for each shard of the batch; the mean of their gradients"
     def __init__(self,
-        n_shards=None,   # how many shards, an int from 1 to the batch size; 4 if `shard_size` is not given either
+        n_shards=None,   # $K$, an int from 1 to the batch size; 4 without a `shard_size`
         rho=0.05,        # radius $\rho\ge0$ of each shard's ball, as in `SAM`
         shard_size=None, # instead of `n_shards`: at most so many rows per shard
-        vmap=False,      # True: all shards at once, for small models; no running statistics, no `DistributedDataParallel`
+        vmap=False,      # True: all shards at once, for small models without running statistics
         **kwargs
     ):
         for name, value in (('n_shards', n_shards), ('shard_size', shard_size)):
             if value is not None: at_least(name, value, 1, whole=True)
-        if n_shards and shard_size: raise ValueError(f'n_shards={n_shards} and shard_size={shard_size}: give one of the two')
+        if n_shards and shard_size:
+            raise ValueError(f'n_shards={n_shards} and shard_size={shard_size}: '
+                             'give one of the two')
         super().__init__(rho, **kwargs)
-        self.n_shards, self.shard_size, self.vmap = n_shards or (None if shard_size else 4), shard_size, vmap
-        self._whole, self._memory = None, {}
+        self.n_shards, self.shard_size = n_shards or (None if shard_size else 4), shard_size
+        self.vmap, self._whole, self._memory = vmap, None, {}
 
     def before_train(self):
         super().before_train()
         if self.train_iter == 0: self._most = 0
         self._whole, self._memory = None, {}
         if self.vmap:
-            self.prefix = None                         # all shards run at once, on copies of the weights
+            self.prefix = None         # all shards run at once, on copies of the weights
             _only_plain(self.model, self.loss_func)
 
     def before_batch(self):
-        "Show fastai the first shard only: its forward is that shard's first pass, so no forward is wasted"
+        "Show fastai the first shard only: its forward is that shard's first pass"
         rows = len(first(_tensors(self.yb) + _tensors(self.xb)))
-        mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.run and hasattr(cb, 'yb1')]
+        mixers = [cb for cb in self.learn.cbs
+                  if isinstance(cb, MixHandler) and cb.run and hasattr(cb, 'yb1')]
         mixed = [(cb.yb1, cb.lam if len(cb.lam) == rows else cb.lam[0]) for cb in mixers]
         parts = _cut((self.xb, self.yb, mixed), self._count(rows), rows, level=2)
         self._whole = self.xb, self.yb, [(cb, (cb.yb1, cb.lam)) for cb in mixers]
         self._parts = [(xb, yb, list(zip(mixers, mix))) for xb, yb, mix in parts]
-        self._sizes, self._start = [len(first(_tensors(yb) + _tensors(xb))) for xb, yb, _ in parts], same_hidden(self.model)
+        self._sizes = [len(first(_tensors(yb) + _tensors(xb))) for xb, yb, _ in parts]
+        self._start = same_hidden(self.model)
         self._begin(0)
-        if len(parts) > 1 and isinstance(self.model, DistributedDataParallel): _apart(self.model, self.xb)
+        together = isinstance(self.model, DistributedDataParallel)
+        if len(parts) > 1 and together: _apart(self.model, self.xb)
 
     def before_backward(self):
-        equal, weights = len(set(self._sizes)) == 1 < len(self._sizes), any(w.requires_grad for w in self.perturb)
+        equal = len(set(self._sizes)) == 1 < len(self._sizes)
+        stacked = self.vmap and equal and any(w.requires_grad for w in self.perturb)
         try:
             with _all_or_nothing(self.model.parameters()):
-                loss, pred, gap = self._at_once() if self.vmap and equal and weights else self._one_by_one()
+                loss, pred, gap = self._at_once() if stacked else self._one_by_one()
         finally: self._show(self._whole)
         self.new_gaps.append(gap)
         self.learn.loss, self.learn.pred = loss, pred
@@ -161,28 +178,30 @@ class MSAM(SAM):
         super()._collect()
         self._memory = {}
 
-# %% ../nbs/04_msam.ipynb #ae75593e
+# %% ../nbs/04_msam.ipynb #a26e1552
 @patch
 def _count(self:MSAM, rows):
-    "How many shards `rows` rows make: in a batch smaller than those before, fewer, if else a shard would have a single row"
+    "How many shards `rows` rows make: fewer, if else a shard would have a single row"
     n = lambda rows: self.n_shards or ceil(rows / self.shard_size)
     if rows >= self._most:
         wanted = self.n_shards or self.shard_size
-        if wanted > rows: raise ValueError(f'{"n_shards" if self.n_shards else "shard_size"}={wanted}, but the batch has only {rows} rows')
+        name = 'n_shards' if self.n_shards else 'shard_size'
+        if wanted > rows:
+            raise ValueError(f'{name}={wanted}, but the batch has only {rows} rows')
         self._most = rows
     least = min(2, self._most // n(self._most))
     return max(1, min(n(rows), rows // least))
 
-# %% ../nbs/04_msam.ipynb #631de36d
+# %% ../nbs/04_msam.ipynb #b5e72ad7
 @patch
 def _show(self:MSAM, part):
-    "Let `part` be the batch, also for MixUp and CutMix, which keep the other half of their mixture to themselves"
+    "Let `part` be the batch, also for MixUp and CutMix, which keep half of their mixture"
     self.learn.xb, self.learn.yb, mixed = part
     for cb, (yb1, lam) in mixed: cb.yb1, cb.lam = yb1, lam
 
 @patch
 def _begin(self:MSAM, j):
-    "Let shard `j` be the batch; a recurrent model goes on where it was after the last batch's shard `j`"
+    "Let shard `j` be the batch; a recurrent model goes on after the last batch's shard `j`"
     self._show(self._parts[j])
     self._memory.get(j, self._start).restore()
     SAM.before_batch(self)
@@ -191,22 +210,26 @@ def _begin(self:MSAM, j):
 def _first_pass(self:MSAM, model=None):
     "Model, loss, and what happens in fastai before this callback's `before_backward`"
     self._forward(model)
-    for cb in takewhile(lambda cb: cb is not self, self.learn.cbs.sorted('order')): cb('before_backward')
+    ordered = self.learn.cbs.sorted('order')
+    for cb in takewhile(lambda cb: cb is not self, ordered): cb('before_backward')
     return self._clean()
 
 @patch
-def _clean(self:MSAM): return self.learn.loss.detach(), to_detach(self.learn.pred, cpu=False, gather=False)
+def _clean(self:MSAM):
+    return self.learn.loss.detach(), to_detach(self.learn.pred, cpu=False, gather=False)
 
-# %% ../nbs/04_msam.ipynb #d1db804a
+# %% ../nbs/04_msam.ipynb #4d4d57d6
 @patch
 def _one_by_one(self:MSAM):
-    "Both passes of one shard after the other; processes exchange gradients once, with the last shard"
+    "Both passes of one shard after the other; processes exchange gradients with the last"
     rows, last, results = sum(self._sizes), len(self._sizes) - 1, []
-    by_size = any(isinstance(cb, GradientAccumulation) and cb.run for cb in self.learn.cbs)   # then `size` is in the loss
+    # under `GradientAccumulation` the size of a shard is in its loss already
+    by_size = any(isinstance(cb, GradientAccumulation) and cb.run for cb in self.learn.cbs)
+    together = isinstance(self.model, DistributedDataParallel)
     for j, size in enumerate(self._sizes):
         if j: self._begin(j)
         share = 1 if _summed(self.loss_func) else size / rows
-        with self.model.no_sync() if isinstance(self.model, DistributedDataParallel) and j < last else nullcontext():
+        with self.model.no_sync() if together and j < last else nullcontext():
             loss, pred = self._first_pass() if j else self._clean()
             gap = self._second_pass(share * rows / size if by_size else share)
         results.append((share * loss, pred, share * gap))
@@ -214,10 +237,10 @@ def _one_by_one(self:MSAM):
     losses, preds, gaps = zip(*results)
     return sum(losses), to_concat(preds), sum(gaps)
 
-# %% ../nbs/04_msam.ipynb #33db2c04
+# %% ../nbs/04_msam.ipynb #5723155e
 @patch
 def _at_once(self:MSAM):
-    "Both passes of all shards by `torch.func.vmap`: each shard has its own copy of the weights, and no weight is moved"
+    "Both passes of all shards by `torch.func.vmap`, each with its own copy of the weights"
     n, weights = len(self._sizes), [w for w in self.perturb if w.requires_grad]
     self._show(self._whole)
     SAM.before_batch(self)
@@ -226,19 +249,21 @@ def _at_once(self:MSAM):
     grads = self._gradient(copies)
     eps = zip(*[self._ascent([g[j] for g in grads], weights) for j in range(n)])
     moved = [(w + torch.stack(e)).to(w.dtype) for w, e in zip(weights, eps)]
-    with frozen_stats(self.model), self.rewind[0]: self._forward(_stacked(self.model, weights, moved))
+    with frozen_stats(self.model), self.rewind[0]:
+        self._forward(_stacked(self.model, weights, moved))
     for cb in self._others(): cb('before_backward')
     self.learn._backward()
     return loss, pred, self.learn.loss.detach() - loss
 
-# %% ../nbs/04_msam.ipynb #9dc44380
+# %% ../nbs/04_msam.ipynb #a7fa1576
 def _stacked(model, weights, copies):
-    "`model` as a function of a batch, cut into equal shards, that uses the j-th of the `copies` of `weights` for shard j"
+    "`model` as a function of a batch cut into equal shards; shard j uses the j-th copy"
     names = {w: name for name, w in model.named_parameters()}
     copies = {names[w]: c for w, c in zip(weights, copies)}
     n = len(first(copies.values()))
     def run(ws, xb): return torch.func.functional_call(model, ws, xb)
-    def cut(x): return x.as_subclass(torch.Tensor).unflatten(0, (n, -1)) if x.ndim else x.expand(n)
+    def cut(x):
+        return x.as_subclass(torch.Tensor).unflatten(0, (n, -1)) if x.ndim else x.expand(n)
     def call(*xb):
         out = torch.func.vmap(run, randomness='different')(copies, apply(cut, xb))
         return apply(lambda x: x.flatten(0, 1), out)

@@ -25,10 +25,14 @@ from .sam import SAM
 from .ssam import SSAM, RandomMask
 from .tasks import he_mlp
 
-# %% ../nbs/10a_prices.ipynb #f624bfa3
+# %% ../nbs/10a_prices.ipynb #a80fe031
 class Residual(nn.Module):
     "Two 3x3 convolutions with batch norm and a shortcut"
-    def __init__(self, n_in, n, stride):
+    def __init__(self,
+        n_in,   # channels that come in
+        n,      # and that go out
+        stride, # of the first convolution
+    ):
         super().__init__()
         self.conv1, self.norm1 = nn.Conv2d(n_in, n, 3, stride, 1, bias=False), nn.BatchNorm2d(n)
         self.conv2, self.norm2 = nn.Conv2d(n, n, 3, 1, 1, bias=False), nn.BatchNorm2d(n)
@@ -77,8 +81,12 @@ class _Attention(nn.Module):
 class _Token(nn.Module):
     def forward(self, x): return x[:, 0]
 
-# %% ../nbs/10a_prices.ipynb #ea2d6c64
-def vit_s16(d=384, depth=12, heads=6):
+# %% ../nbs/10a_prices.ipynb #29a1d6e9
+def vit_s16(
+    d=384,    # numbers per patch
+    depth=12, # blocks
+    heads=6,  # of the attention in each
+):
     "ViT-S/16 for pictures of 224 by 224 and 10 classes"
     blocks = [_Attention(d, heads) for _ in range(depth)]
     return nn.Sequential(_Patches(d, 196), *blocks, nn.LayerNorm(d), _Token(), nn.Linear(d, 10))
@@ -94,7 +102,7 @@ def _random_batch(shape, n, device='cpu', classes=10):
     gen = torch.Generator().manual_seed(0)
     return torch.randn(n, *shape, generator=gen).to(device), torch.randint(0, classes, (n,), generator=gen).to(device)
 
-# %% ../nbs/10a_prices.ipynb #16905410
+# %% ../nbs/10a_prices.ipynb #6868070a
 def save_costs(
     df,   # what `step_cost` gave
     path, # a file of tables; made if there is none
@@ -109,7 +117,9 @@ def save_costs(
     part.write_text(f'{{\n{lines}\n}}\n')
     os.replace(part, path)
 
-def load_costs(path):
+def load_costs(
+    path, # a file that `save_costs` or the command has written
+):
     "name -> table, of a file"
     tables = _tables(path, missing=False)
     return {k: cost_frame(t['seconds'], t['facts'], t['about']) for k, t in tables.items()}
@@ -125,22 +135,23 @@ def _tables(path, missing=True):
         raise ValueError(f'{str(path)!r} is not a file of tables of sam_cost')
     return tables
 
-# %% ../nbs/10a_prices.ipynb #ea8a031f
+# %% ../nbs/10a_prices.ipynb #9f5ed831
 def cost_about(
     df, # what `step_cost` gave
 ):
     "How it was measured, in a line"
     a = df.attrs['about']
     how = {'cpu': 'processor time', 'wall': 'wall time', 'events': 'its events', 'own': 'own clock'}
+    autocast = f" with {a['autocast']} autocast" if a.get('autocast') else ''
+    extra = ''.join(f' {x}' for x in a['extra'] if 'amp_mode' not in str(x))
     return (f"{a['weights']:,} weights in {a['tensors']} tensors, batch {a['batch'][0][0]}, "
-            f"{' '.join([a['dtype'], *map(str, a['extra'])])}, "
-            f"{'compiled' if a['compiled'] else 'eager'}, {a['device']}, "
+            f"{a['dtype']}{autocast}{extra}, {'compiled' if a['compiled'] else 'eager'}, {a['device']}, "
             f"{a['threads']} thread(s), {how[a['clock']]}, {a['rounds']} rounds, load {a['load']}, torch {a['torch']}")
 
-# %% ../nbs/10a_prices.ipynb #b26ab86b
+# %% ../nbs/10a_prices.ipynb #f2c2adcb
 def sam_rung(
     move,   # False: find the direction and leave it; True: also move the weights there and back
-    rho=.05,
+    rho=.05, # radius
 ):
     "A `PlainStep` between the floor and SAM"
     def make(model, loss, opt_func):
@@ -206,7 +217,7 @@ def cost_growth(
     df.attrs['about'].update(axis=axis, value=value)
     return df
 
-# %% ../nbs/10a_prices.ipynb #523c0bd1
+# %% ../nbs/10a_prices.ipynb #57e11da9
 @call_parse
 def sam_cost(
     model: str = 'resnet20',   # resnet18, resnet20, vit_s or mlp
@@ -217,8 +228,8 @@ def sam_cost(
     threads: int = 1,          # on the CPU
     device: str = '',          # cpu or cuda; default: cuda if there is one
     clock: str = '',           # cpu (processor time) or wall; on a GPU always its own events
-    precision: str = 'fp32',   # fp32; on a GPU also bf16 or fp16 (not for plain and peer)
-    compiled: store_true = False, # torch.compile the model
+    precision: str = 'fp32',   # fp32 or bf16; on a GPU also fp16 (plain and peer: fp32 only)
+    compiled: store_true = False, # torch.compile the model; on a CPU with a C++ compiler
     growth: str = '',          # instead: parameters, tensors, batch, shards, sparsity, pieces
     json: Path = None,         # file of tables; this one is added
 ):
@@ -269,13 +280,19 @@ def _cost_methods(a, x):
     if len(dict(found)) < len(found): raise ValueError(f'methods={a.methods!r} has one of them twice')
     return dict(found), [f'{w} is left out: {why}' for w, why in out.items()]
 
-# %% ../nbs/10a_prices.ipynb #a7bf3df3
+# %% ../nbs/10a_prices.ipynb #082641fb
+class _CpuPrecision(MixedPrecision):
+    "bf16 with the autocast of the CPU; that of fastai is for a GPU"
+    def before_fit(self):
+        self.autocast, self.scales = torch.autocast('cpu', dtype=torch.bfloat16), L()
+        self.learn.scaler = torch.amp.GradScaler('cpu', enabled=False)
+
 def _costs(a):
     "The sentences and tables to print, for the arguments of `sam_cost`"
     device = _device(a.device)
     if a.precision not in ('fp32', 'bf16', 'fp16'):
         raise ValueError(f"precision={a.precision!r} must be 'fp32', 'bf16' or 'fp16'")
-    if a.precision != 'fp32' and device.type != 'cuda': raise ValueError(f'precision={a.precision!r} needs a GPU')
+    if a.precision == 'fp16' and device.type != 'cuda': raise ValueError("precision='fp16' needs a GPU")
     common = dict(rounds=a.rounds, warmup=a.warmup, threads=a.threads, clock=a.clock or None, compiled=a.compiled)
     if a.growth:
         axes = [x.strip() for x in a.growth.split(',')]
@@ -290,7 +307,8 @@ def _costs(a):
     batch = _random_batch(shape, at_least('batch', a.batch, 1, whole=True), device)
     methods, told = _cost_methods(a, batch[0])
     yield from told
-    if a.precision != 'fp32': common['extra'] = partial(MixedPrecision, a.precision)
+    mixed = MixedPrecision if device.type == 'cuda' else _CpuPrecision
+    if a.precision != 'fp32': common['extra'] = partial(mixed, a.precision)
     name = ' '.join([a.model, str(a.batch), a.precision, *(['compiled'] if a.compiled else []), device.type])
     yield from _one_table(name, a, partial(step_cost, methods, make, batch), common)
 

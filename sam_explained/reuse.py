@@ -163,39 +163,43 @@ def _kept(watch):
     names = [name for name, m in watch.model.named_modules() if m in lost]
     return kept, f'{", ".join(names)}, called more than once or not returning tensors' if names else None
 
-# %% ../nbs/02a_reuse.ipynb #608ec96e
+# %% ../nbs/02a_reuse.ipynb #dd571b19
 class Prefix:
-    "Runs what comes before the first use of `params` in the first of two passes only (equation (1)): same gradient"
+    "Runs what comes before the first use of `params` once for two passes (1): same gradient"
     def __init__(self,
-        model,  # a module; what runs in it in both passes, on the same batch, is found out anew in every step
-        params, # the weights that are perturbed between the passes; nothing else may change there
+        model,  # a module; what runs in it in both passes is found out anew in every step
+        params, # the weights that are perturbed between the passes; nothing else may change
     ):
         self.model, self.params, self.told = model, list(params), False
         self.watch = self.skipped = self.armed = None
-        if not self.params: raise ValueError('params is empty: without a perturbed weight there is no second pass')
+        if self.params: return
+        raise ValueError('params is empty: without a perturbed weight there is no second pass')
     @contextmanager
     def first(self):
         "Around the forward at $w$: remember"
         self.watch, watch = None, _Watch(self.model, self.params)
-        new = {} if watch.closed else {m: partial(watch.run, m, m.forward) for m in self.model.modules()}
+        seen = [] if watch.closed else self.model.modules()
+        new = {m: partial(watch.run, m, m.forward) for m in seen}
         with _forwards(new), nullcontext() if watch.closed else watch: yield
         self.watch = watch
     @contextmanager
     def second(self):
-        r"Around the forward at $w+\hat\epsilon$: return what is remembered, run the rest; then forget"
+        r"Around the forward at $w+\hat\epsilon$: return what is remembered, run the rest"
         watch, self.watch = self.watch, None
         if watch is None: raise RuntimeError('second() without a first() that has ended well')
         (kept, doubt), fixed = _kept(watch), _same(watch.rng._now(), watch.rng.start)
         if doubt and not self.told: warn(f'runs in both passes: {doubt}', stacklevel=3)
-        self.skipped, self.told = len(kept), self.told or bool(doubt)     # `skipped`: how many calls
+        self.skipped = len(kept)                                            # how many calls
+        self.told = self.told or bool(doubt)
         def run(m, forward, /, *args, **kwargs):
-            call = kept.pop(m, None)      # once: checkpointing runs it again in the backward pass
-            if call is None or not _given_again(call, (args, kwargs)): return forward(*args, **kwargs)
+            call = kept.pop(m, None)   # once: checkpointing runs it again in the backward pass
+            again = call is None or not _given_again(call, (args, kwargs))
+            if again: return forward(*args, **kwargs)
             if fixed: watch.rng._put(call.rng)
             return call.out
         with _forwards({m: partial(run, m, m.forward) for m in kept}): yield
     def twice(self, closure):
-        "`closure` for one call of `two_pass`: its first call is the first pass, its second the second"
+        "`closure` for a call of `two_pass`, which calls it twice: first pass, second pass"
         passes = iter((self.first, self.second))
         def run():
             with next(passes)(): return closure()
@@ -215,16 +219,15 @@ class _NextCall:
         del vars(self.model)['forward']
         if self.usual: vars(self.model)['forward'] = self.usual
 
-# %% ../nbs/02a_reuse.ipynb #fe927d08
+# %% ../nbs/02a_reuse.ipynb #f2e8d271
 @patch
 def arm(self:Prefix):
-    "The next call of the model is the first pass; for a loop into which one cannot put a `with`"
+    "The next call of the model is the first pass, for loops that have no place for a `with`"
     self.disarm()
     if not _closed(self.model): self.armed = _NextCall(self.model, self.first)
     else:
         with self.first(): pass                    # nothing is seen, and `second` says why
 
-# %% ../nbs/02a_reuse.ipynb #f31caf2e
 @patch
 def disarm(self:Prefix):
     "Take back an `arm` that no call of the model has followed"
@@ -251,16 +254,17 @@ def _work_before(model, batch):
     if not total: raise ValueError('model: its forward has no matrix product or convolution, so no work to share')
     return {name: n / total for name, n in before.items() if [*model.get_submodule(name).parameters()]}
 
-# %% ../nbs/02a_reuse.ipynb #a0a1b0bf
+# %% ../nbs/02a_reuse.ipynb #8a881a2a
 def suffix_for(
     model,      # a module whose blocks run in order; it is left as it was
     batch,      # the input of one forward, or a tuple of inputs
     budget=1.3, # what a step may cost, in steps of SGD, in (1, 2]
 ):
-    "(names, cost): the last blocks of `model` that can be perturbed within `budget`, and the predicted cost $1+f$"
+    "(names, cost): the last blocks that can be perturbed within `budget`; predicted cost $1+f$"
     at_least('budget', budget, 1)
     if not 1 < budget <= 2: raise ValueError(f'budget={budget!r} must be a number in (1, 2]')
     before = _work_before(model, batch if isinstance(batch, (tuple, list)) else (batch,))
     fits = {name: 2 - b for name, b in before.items() if 2 - b <= budget}
-    if not fits: raise ValueError(f'budget={budget!r} is too small: the last block is {2 - max(before.values()):.3f}')
-    return list(fits), max(fits.values())
+    if fits: return list(fits), max(fits.values())
+    least = 2 - max(before.values())
+    raise ValueError(f'budget={budget!r} is too small: the last block is {least:.3f}')

@@ -14,50 +14,54 @@ from fastai.callback.fp16 import MixedPrecision
 from .core import ascent, at_least, frozen_stats, perturbed, same_hidden, same_rng
 from .reuse import Prefix
 
-# %% ../nbs/03_sam.ipynb #5225b2da
+# %% ../nbs/03_sam.ipynb #c25aeedb
 def _chosen(params, model):
-    "The parameters of `model` that `params` (see `SAM`) selects; an error if there are none or if they are not the model's"
+    "The parameters of `model` that `params` (see `SAM`) selects; an error if there are none"
     own = list(dict.fromkeys(model.parameters()))
     if params is None: return own
     chosen = list(params(get_model(model)) if callable(params) else params)
     if not all(isinstance(w, torch.Tensor) for w in chosen):
-        raise TypeError(f'params must give tensors, not {type(first(w for w in chosen if not isinstance(w, torch.Tensor))).__name__}')
+        stranger = first(w for w in chosen if not isinstance(w, torch.Tensor))
+        raise TypeError(f'params must give tensors, not {type(stranger).__name__}')
     if not chosen: raise ValueError('params matches no parameter of the model')
     strangers = {id(w) for w in chosen} - {id(w) for w in own}
-    if strangers: raise ValueError(f'params: {len(strangers)} of {len(chosen)} tensors are not parameters of this model')
+    if strangers:
+        raise ValueError(f'params: {len(strangers)} of {len(chosen)} tensors are not parameters '
+                         'of this model')
     return list(dict.fromkeys(chosen))
 
-# %% ../nbs/03_sam.ipynb #d984ab98
+# %% ../nbs/03_sam.ipynb #bd69a2c5
 def _sum_over_processes(grads, group):
-    "Each of `grads` summed over all processes; ascent only looks at the direction, so there is no need to divide"
+    "Each of `grads` summed over all processes; only the direction counts, so no division"
     grads = [g.contiguous() for g in grads]
     for work in [dist.all_reduce(g, group=group, async_op=True) for g in grads]: work.wait()
     return grads
 
-# %% ../nbs/03_sam.ipynb #9694c3bd
+# %% ../nbs/03_sam.ipynb #dd9fe7ae
 class SAM(Callback):
-    "Replace the gradient by the one at `w + eps` (Foret et al. 2021, Algorithm 1); any optimizer, precision and schedule"
+    "Replace the gradient by the one at `w + eps` (Foret et al. 2021, Algorithm 1)"
     order, run_valid = MixedPrecision.order - 1, False
     def __init__(self,
-        rho=0.05,       # radius $\rho\ge0$, a length in weight space; or a function of `pct_train`, e.g. `SchedLin(0, .1)`
+        rho=0.05,       # radius $\rho\ge0$, a length of weights; or a function of `pct_train`
         p=2,            # norm of the ball, from 1 to `inf`
         adaptive=False, # ASAM: measure the ball relative to $|w|+\eta$; wants a larger `rho`
         eta=0.01,       # $\eta\ge0$ of ASAM
-        params=None,    # what to perturb: None (all), a function model -> parameters (`norm_params`), or the parameters
+        params=None,    # what to perturb: None (all), parameters, or a function model -> them
         same_rng=True,  # draw the same dropout masks in both passes
-        sync=False,     # several processes: True averages the ascent gradient over them (SAM of the global batch)
-        reuse=True,     # compute what comes before the first perturbed weight once (`Prefix`); same gradient
+        sync=False,     # several processes: True averages the ascent gradient over them
+        reuse=True,     # compute what precedes the first perturbed weight only once
     ):
         if not callable(rho): at_least('rho', rho, 0)
         at_least('p', p, 1, finite=False), at_least('eta', eta, 0)
         if not (params is None or callable(params) or is_iter(params)):
-            raise TypeError(f'params={params!r} must be None, a function of the model, or an iterable of parameters')
+            raise TypeError(f'params={params!r} must be None, a function of the model, '
+                            'or an iterable of parameters')
         if not (params is None or callable(params)): params = list(params)
         store_attr()
         self.gaps, self.new_gaps, self.prefix = [], [], None
 
     def before_fit(self):
-        for h in self.opt.hypers: h.pop('rho', None)   # left over from an earlier fit with a schedule
+        for h in self.opt.hypers: h.pop('rho', None)   # left over from an earlier scheduled fit
         self.prefix = None
 
     def before_train(self):
@@ -68,9 +72,10 @@ class SAM(Callback):
     def _choose(self): self.perturb = _chosen(self.params, self.model)
 
     def before_batch(self):
-        "Remember where both passes start; callbacks that draw random numbers in `before_batch` need a lower `order`"
+        "Remember where both passes start; who draws random numbers here needs a lower `order`"
         self._forget()
-        rng = same_rng(first(self.model.parameters()).device) if self.same_rng else nullcontext()
+        device = first(self.model.parameters()).device
+        rng = same_rng(device) if self.same_rng else nullcontext()
         self.rewind = rng, same_hidden(self.model)
         self._arm()
 
@@ -83,7 +88,7 @@ class SAM(Callback):
     def after_batch(self): self._forget()
     def after_train(self): self._collect()
     def after_cancel_fit(self): self._collect()
-    def after_fit(self): self._forget()        # a batch, an epoch or the fit may have been cancelled before the forward
+    def after_fit(self): self._forget()        # a batch or epoch may have been cancelled
     def _forget(self):
         self.rewind = None
         if self.prefix: self.prefix.disarm()
@@ -94,7 +99,8 @@ class SAM(Callback):
         if self.new_gaps: self.gaps += torch.stack(self.new_gaps).tolist()
         self.new_gaps, self.perturb = [], None
 
-# %% ../nbs/03_sam.ipynb #7ed31d3a
+# %% ../nbs/03_sam.ipynb #6c94b197
+# The loss is scaled as the scaler would: half-precision gradients underflow without
 @patch
 def _gradient(self:SAM, weights, retain_graph=False): # True if a subclass needs the graph again
     "The gradient of the first pass with respect to `weights`; `.grad` is not touched"
@@ -106,32 +112,35 @@ def _gradient(self:SAM, weights, retain_graph=False): # True if a subclass needs
     together = self.sync and isinstance(self.model, DistributedDataParallel)
     return _sum_over_processes(grads, self.model.process_group) if together else grads
 
-# %% ../nbs/03_sam.ipynb #e2ff9aee
+# %% ../nbs/03_sam.ipynb #7eb0c42b
 @patch
-def _ascent(self:SAM, grads, weights): return ascent(grads, self.radius(), weights, self.p, self.adaptive, self.eta)
+def _ascent(self:SAM, grads, weights):
+    return ascent(grads, self.radius(), weights, self.p, self.adaptive, self.eta)
 
-# %% ../nbs/03_sam.ipynb #07af3c24
-@patch
-def radius(self:SAM):
-    "The current rho: the optimizer's hyper-parameter if a `ParamScheduler` has put it there, else `self.rho`"
-    rho = self.opt.hypers[-1].get('rho', self.rho)
-    return at_least('rho', rho(self.pct_train) if callable(rho) else rho, 0)
-
-# %% ../nbs/03_sam.ipynb #9bb1ee87
+# %% ../nbs/03_sam.ipynb #59cec965
 @patch
 def _second_pass(self:SAM, share=1):
-    "Add `share` times the gradient at `w + eps` to `.grad`; returns by how much the loss is larger there"
+    "Add `share` times the gradient at `w + eps` to `.grad`; returns the rise of the loss"
     weights, clean = [w for w in self.perturb if w.requires_grad], self.learn.loss.detach()
     rng, hidden = self.rewind
     reuse = self.prefix.second() if self.prefix and self.prefix.watch else nullcontext()
-    with perturbed(weights, self._ascent(self._gradient(weights), weights)), frozen_stats(self.model), hidden, rng:
+    with perturbed(weights, self._ascent(self._gradient(weights), weights)), \
+         frozen_stats(self.model), hidden, rng:
         with reuse: self._forward()
         for cb in self._others(): cb('before_backward')
         if share != 1: self.learn.loss_grad = share * self.learn.loss_grad
         self.learn._backward()
     return self.learn.loss.detach() - clean
 
-# %% ../nbs/03_sam.ipynb #4db3987d
+# %% ../nbs/03_sam.ipynb #5e83436e
+@patch
+def radius(self:SAM):
+    "The current rho: the optimizer's, if a `ParamScheduler` has put it there, else `self.rho`"
+    rho = self.opt.hypers[-1].get('rho', self.rho)
+    return at_least('rho', rho(self.pct_train) if callable(rho) else rho, 0)
+
+# %% ../nbs/03_sam.ipynb #113b7c6a
+# The second forward must look to all other callbacks like the first
 @patch
 def _forward(self:SAM, model=None):
     "Model and loss, with every event that other callbacks have between batch and backward"
@@ -148,18 +157,18 @@ def _forward(self:SAM, model=None):
 @patch
 def _others(self:SAM): return [cb for cb in self.learn.cbs.sorted('order') if cb is not self]
 
-# %% ../nbs/03_sam.ipynb #3a067a60
+# %% ../nbs/03_sam.ipynb #32657470
 @patch
 def _look_for_prefix(self:SAM):
     "If there may be work that both passes have in common, `prefix` is what finds it; else None"
     weights = [w for w in self.perturb if w.requires_grad]
     part = 0 < len(weights) < len(list(self.model.parameters()))
     self.prefix = (self.prefix or Prefix(self.model, weights)) if self.reuse and part else None
-    if self.prefix: self.prefix.params, self.prefix.skipped = weights, None     # None: not known yet
+    if self.prefix: self.prefix.params, self.prefix.skipped = weights, None     # not known yet
 
 @patch
 def _arm(self:SAM):
-    "Let the first pass be watched, unless an earlier batch of this epoch has shown that there is nothing to save"
+    "Let the first pass be watched, unless an earlier batch has shown nothing to save"
     if self.prefix and self.prefix.skipped != 0: self.prefix.arm()
 
 # %% ../nbs/03_sam.ipynb #17ae6530
@@ -172,8 +181,9 @@ def plot_gaps(self:SAM, ax=None, window=10, **kwargs):
     ax.set(xlabel='step', ylabel=r'$L(w+\hat\epsilon)-L(w)$')
     return ax
 
-# %% ../nbs/03_sam.ipynb #5a485fa1
+# %% ../nbs/03_sam.ipynb #b4bdd806
 def norm_params(model):
-    "The parameters of `model`'s normalisation layers (batch, instance, layer, group, RMS norm), found by type, not by name"
-    kinds = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-    return [w for m in model.modules() if isinstance(m, kinds) for w in m.parameters(recurse=False)]
+    "The parameters of `model`'s batch, instance, layer, group and RMS norms, found by type"
+    kinds = nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm
+    found = [m for m in model.modules() if isinstance(m, kinds)]
+    return [w for m in found for w in m.parameters(recurse=False)]

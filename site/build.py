@@ -120,11 +120,18 @@ def contents():
     return markdown('\n\n'.join(trees))
 
 
+def menu():
+    "What all pages show of each other: sections, order and titles."
+    def title(o): return next(c.source for c in nbformat.read(nbs/o, 4).cells if c.cell_type == 'markdown').splitlines()[0]
+    return '\n'.join([contents().source, *map(title, present())])
+
+
 def put(path, content):
-    "Write `content`, unless the file holds it already: Sphinx rebuilds what is newer than its page."
-    if path.exists() and path.read_bytes() == content: return
+    "Write `content`, unless the file holds it already: Sphinx rebuilds what is newer than its page. Whether it was written."
+    if path.exists() and path.read_bytes() == content: return False
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
+    return True
 
 
 def process():
@@ -156,7 +163,8 @@ def sphinx():
         if old.stem not in pages | {'search'}: old.unlink()
     mathjax()
     doctrees = root/'build/doctrees'
-    failed = main(['-b', 'html', '-q', '-W', '-c', str(root/'site'), '-d', str(doctrees), str(source), str(docs)])
+    everything = ['-a'] if put(root/'build/menu', menu().encode()) else []      # the menu is on every page
+    failed = main([*everything, '-b', 'html', '-q', '-W', '-c', str(root/'site'), '-d', str(doctrees), str(source), str(docs)])
     if failed: shutil.rmtree(doctrees, ignore_errors=True)
     return failed
 

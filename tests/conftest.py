@@ -21,6 +21,15 @@ def clean_state():
     reset_autocast()
 
 
+@pytest.fixture
+def one_thread():
+    "For tests of code that may set the number of threads"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
 def reset_autocast():
     torch.set_autocast_enabled('cpu', False)
     while torch.autocast_decrement_nesting() >= 0: pass      # an autocast that was never left keeps old casts of weights

@@ -31,12 +31,7 @@ SHORT = ['--noise', '0.4', '--train', '96', '--epochs', '3', '--seeds', '3']
 COMMAND = Path(sys.executable).with_name('sam_compare')
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def heeds_ctrl_c(): signal.signal(signal.SIGINT, signal.SIG_DFL)       # a test run in the background passes on that it does not

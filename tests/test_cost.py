@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import CPUMixedPrecision
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,6 +24,7 @@ from sam_explained.command import parse_method
 from sam_explained.cost import *
 from sam_explained.prices import *
 from sam_explained.mesa import MESA
+from sam_explained.reuse import suffix_for
 from sam_explained.saf import SAF
 from sam_explained.sam import SAM
 
@@ -96,8 +98,8 @@ def test_compiled_models_have_the_same_counts(compiled):
 
 # What a row does ------------------------------------------------------------------------------------------------------
 
-def built(method, n=3, model=net, b=None):
-    setting = cost._Setting(model, b or batch(), nn.CrossEntropyLoss(), cost.momentum_sgd, list, False, 0)
+def built(method, n=3, model=net, b=None, extra=list):
+    setting = cost._Setting(model, b or batch(), nn.CrossEntropyLoss(), cost.momentum_sgd, extra, False, 0)
     step = setting.step(method, False)
     for _ in range(n):
         step.ready()
@@ -114,6 +116,13 @@ def test_the_floors_train_as_sgd_does_and_so_do_both_loops():
     for method in (PlainStep(plain_floor), list, cost.TwoPassFloor): assert same(sgd, built(method)[1]), method
 
 
+@pytest.mark.parametrize('dtype', [None, torch.bfloat16])
+def test_the_floor_scales_its_loss_as_sgd_does(dtype):
+    scaled = partial(CPUMixedPrecision, dtype)
+    sgd, floor = (built(method, extra=scaled)[1] for method in (list, cost.TwoPassFloor))
+    assert same(sgd, floor) and not same(sgd, built(list, 2, extra=scaled)[1])
+
+
 def test_the_sam_rows_are_sam():
     model, b = lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), batch(shape=(5,))
     sgd, plain, callback = (built(m, 3, model, b)[1] for m in (PlainStep(plain_sgd), PlainStep(plain_sam), SAM))
@@ -128,12 +137,13 @@ def test_the_sam_rows_are_sam():
 def test_the_term_of_the_past_counts_in_every_timed_step(make):
     setting = cost._Setting(net, batch(), nn.CrossEntropyLoss(), cost.momentum_sgd, list, False, 0)
     step = setting.step(make, False)
-    for name, known in (('warm', False), ('timed', True)):
-        for _ in range(step.warm if name == 'warm' else 5):
-            step.ready()
-            step()
-            past = next(cb for cb in step.learn.cbs if isinstance(cb, cost.PastTerm))
-            if known: assert len(past.kls) and past.kls[-1] > 0
+    cost._warm_up({'past': step}, 0)
+    past = next(cb for cb in step.learn.cbs if isinstance(cb, cost.PastTerm))
+    assert len(past.kls) == 0
+    for _ in range(5):
+        step.ready()
+        step()
+        assert len(past.kls) and past.kls[-1] > 0
     assert len(past.kls) == 5
 
 
@@ -142,6 +152,53 @@ def test_nothing_is_left_changed():
     before, threads = torch.get_rng_state(), torch.get_num_threads()
     step_cost({'SAM': SAM, 'SSAM': parse_method('ssam:random')[1]}, lambda: nn.Sequential(net(), nn.Dropout()), batch(), rounds=1, threads=2)
     assert torch.equal(before, torch.get_rng_state()) and torch.get_num_threads() == threads
+
+
+def test_warm_up_is_made_and_is_not_measured():
+    "Calls of one method: the warm-up, the rounds, one to count passes, one for memory; seconds only of the rounds"
+    machine, calls = Machine(), []
+    def first_is_slow(model, loss, opt_func):
+        step = plain_sgd(model, loss, opt_func)
+        def one():
+            step()
+            machine.work(1 if len(calls) >= 2 else 1000)
+            calls.append(0)
+        return one
+    df = step_cost({'cold': PlainStep(first_is_slow)}, net, batch(), rounds=4, warmup=2, clock=machine)
+    assert len(calls) == 2 + 4 + 1 + 1 and df.attrs['seconds']['cold'] == [1] * 4
+
+
+def test_a_loss_that_is_not_finite_is_found_before_anything_is_measured(tmp_path):
+    def nan(model, loss, opt_func):
+        step = plain_sgd(model, lambda: loss() * float('nan'), opt_func)
+        return lambda: (step(), loss())
+    with pytest.raises(ValueError, match='the loss of nan is nan'):
+        step_cost({'nan': PlainStep(nan)}, net, batch(), rounds=3, warmup=1, out=tmp_path/'r.jsonl')
+    assert len((tmp_path/'r.jsonl').read_text().splitlines()) == 1       # what it would have measured, and no round
+
+
+@pytest.mark.parametrize('foreach', [True, False])
+def test_the_peer_gets_what_it_is_told(monkeypatch, foreach):
+    told = {}
+    class Peer(torch.optim.SGD):
+        def __init__(self, params, base, **kwargs):
+            told.update(kwargs)
+            super().__init__(params, lr=.1)
+    monkeypatch.setattr(cost, 'PeerSAM', Peer)
+    model = net()
+    peer_sam(model, None, torch.optim.SGD, rho=.3, **({} if foreach else {'foreach': False}))
+    assert told == {'rho': .3, 'foreach': foreach}
+
+
+@pytest.mark.parametrize('move', [False, True])
+def test_a_rung_is_all_of_sam_or_only_its_arithmetic(move):
+    model, b, n = lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)), batch(shape=(5,)), 3
+    rung = built(sam_rung(move, rho=.3), n, model, b)[1]
+    sgd, sam = built(PlainStep(plain_sgd), n, model, b)[1], built(PlainStep(partial(plain_sam, rho=.3)), n, model, b)[1]
+    far = max((x - y).abs().max() for x, y in zip(sgd, sam))
+    assert max((x - y).abs().max() for x, y in zip(rung, sam if move else sgd)) < far / 100
+    df = step_cost({'rung': sam_rung(move)}, net, batch(), rounds=1, warmup=0)
+    assert df[['forwards', 'backwards', 'work']].iloc[3].tolist() == [2, 2, 2]
 
 
 # Order and time -------------------------------------------------------------------------------------------------------
@@ -174,6 +231,18 @@ def test_rounds_that_are_done_are_not_done_again_and_the_order_goes_on():
     steps = [machine.step(k, 1 + k) for k in range(3)]
     assert list(interleave(steps, HostClock(machine), 5, first=3)) == [[1, 2, 3]] * 2
     assert machine.order == [k for o in list(islice(turns(3), 5))[3:] for k in o]
+
+
+def test_a_file_of_rounds_is_gone_on_with_and_may_have_more_than_asked_for(tmp_path):
+    def measured(rounds, speed):
+        machine = Machine()
+        machine.slow = speed
+        methods = {'SAM': SAM, 'late': PlainStep(lambda *args: machine.step('late', 1))}
+        df = step_cost(methods, net, batch(), rounds=rounds, warmup=1, clock=machine, out=tmp_path/'r.jsonl')
+        return df.attrs['seconds']['late'], machine.order.count('late')
+    assert measured(2, 1.) == ([1, 1], 1 + 2 + 2)              # warm-up, rounds, and one each for counts and memory
+    assert measured(5, 7.) == ([1, 1, 7, 7, 7], 1 + 3 + 2)
+    assert measured(3, 9.) == ([1, 1, 7], 1 + 0 + 2)
 
 
 def test_getting_ready_is_not_timed():
@@ -232,10 +301,48 @@ def test_a_median_of_ratios_is_not_the_ratio_of_medians():
     assert three.over_floor.iloc[3] == .5                        # 1/3, 2, 3/2; the medians are equal
 
 
+    turned = cost_frame(dict(a=[1, 2, 4], b=[1, 2, 4], c=[1, 2, 4], d=[4, 1, 2]), facts, {})
+    assert turned.ratio.iloc[3] == turned.over_floor.iloc[3] + 1 == .5          # of 4, 1/2 and 1/2; the medians are equal
+
+
+def test_each_loop_is_compared_with_its_own():
+    facts = {name: dict(loop=loop, forwards=1, backwards=1, flops=k, peak=k, weights=1) for k, (loop, name) in enumerate(
+        [(loop, name) for loop in BASES for name in (*BASES[loop], 'SAM of a ' + loop)], 1)}
+    df = cost_frame({name: [float(k)] * 6 for k, name in enumerate(facts, 1)}, facts, {}).set_index('method')
+    assert df.ratio.tolist() == df.work.tolist() == [1, 2, 3, 4, 1, 6/5, 7/5, 8/5] and df.copies.tolist() == [0, 1, 2, 3] * 2
+    assert df.over_floor.tolist() == pytest.approx([x / 3 - 1 for x in (1, 2, 3, 4)] + [x / 7 - 1 for x in (5, 6, 7, 8)])
+
+
 def test_medians_and_intervals():
     assert median_interval(range(1, 7)) == (3.5, 1, 6) and median_interval(range(1, 21)) == (10.5, 6, 15)
     assert all(map(math.isnan, median_interval([1, 2, 3, 4, 5])[1:]))
-    assert [verdict((1, lo, hi), 2) for lo, hi in ((1, 2), (2.01, 3), (1, 2.01))] == ['holds', 'does not hold', 'not decided']
+    told = [verdict((1, low, high), 2) for low, high in ((1, 2), (2.01, 3), (1, 2.01), (2, 3))]
+    assert told == ['holds', 'does not hold', 'not decided', 'not decided']
+
+
+def test_a_clock_has_its_name():
+    cpu, cuda = torch.device('cpu'), torch.device('cuda:1')
+    assert cost._clock(None, cpu).now is cost._clock('cpu', cpu).now is time.process_time
+    assert cost._clock('wall', cpu).now is time.perf_counter
+    for name in (None, 'events'): assert isinstance(c := cost._clock(name, cuda), GpuClock) and c.device == cuda
+    with pytest.raises(ValueError, match='does not see'): cost._clock('wall', cuda)
+
+
+@pytest.mark.parametrize('journal', [False, True])
+def test_the_load_of_the_machine_is_written_down(journal, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'getloadavg', lambda: (7.25, 0, 0))
+    df = step_cost({'SAM': SAM}, net, batch(), rounds=2, warmup=0, out=tmp_path/'r.jsonl' if journal else None)
+    assert df.attrs['about']['load'] == 7.25
+
+
+def test_what_is_printed_of_a_table():
+    facts = {k: dict(loop='Learner', forwards=f, backwards=b, flops=4 * b, peak=p, weights=2**20)
+             for k, f, b, p in (('SGD', 1, 1, 2**20), ('SGD again', 1, 1, 2**20), ('two-pass floor', 2, 2, 2**20),
+                                ('SAM', 2, 2, 3 * 2**20), ('MESA', 2, 1, 2**20))}
+    seconds = dict(zip(facts, ([1.] * 6, [1.] * 6, [2.] * 6, [2.5, 2.5, 2.5, 2.4, 2.6, 2.5], [1.25] * 6)))
+    shown = show_costs(cost_frame(seconds, facts, {})).set_index('method')
+    assert shown['over floor'].tolist() == ['', '', '', '+25.0%', '']
+    assert shown.loc['SAM'].tolist() == ['2500.00', '2.500 (2.50 to 2.50)', '2.400 to 2.600', '+25.0%', '2', '2', '2.000', '3.00', '+2.00']
 
 
 # A GPU, played by a stand-in: only the calls and their order are tested here ---------------------------------------------
@@ -244,12 +351,15 @@ def test_events_are_recorded_around_a_step_and_read_after_the_round(monkeypatch)
     machine, said = Machine(), []
     class Event:
         def __init__(self, enable_timing): assert enable_timing
-        def record(self): self.at = machine.now
+        def record(self, queue):
+            assert queue == 'queue of 3'
+            self.at = machine.now
         def synchronize(self): said.append('wait')
         def elapsed_time(self, other): return 1e3 * (other.at - self.at)
     monkeypatch.setattr(torch.cuda, 'Event', Event)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda device: f'queue of {device}')
     steps = [lambda k=k: (said.append(k), machine.work(1 + k)) for k in range(2)]
-    assert list(interleave(steps, GpuClock(), 2)) == [[1, 2]] * 2
+    assert list(interleave(steps, GpuClock(3), 2)) == [[1, 2]] * 2
     assert said == [0, 1, 'wait', 'wait', 1, 0, 'wait', 'wait']
 
 
@@ -291,6 +401,63 @@ def test_a_method_that_holds_a_known_amount_more_is_seen_to_do_so():
     df = step_cost({'hoarder': PlainStep(hoarder)}, net, batch(), rounds=1).set_index('method')
     assert df.copies.to_dict() == pytest.approx({'plain SGD': 0, 'plain SGD again': 0, 'plain two-pass floor': 0, 'hoarder': 3})
     assert df.peak_mb['hoarder'] - df.peak_mb['plain SGD'] == pytest.approx(12 * n_weights / 2**20)
+
+
+# Precision and compiling ----------------------------------------------------------------------------------------------
+
+class Told(nn.Linear):
+    "Says in which type its products come out"
+    seen = None
+    def forward(self, x):
+        out = super().forward(x)
+        self.seen.append(out.dtype)
+        return out
+
+
+def test_bf16_on_a_cpu_reaches_every_pass_and_the_file(tmp_path, monkeypatch, capsys):
+    seen = Told.seen = []
+    monkeypatch.setitem(prices.cost_models, 'mlp', (lambda: nn.Sequential(Told(784, 10)), (784,)))
+    def command(**kwargs):
+        seen.clear()
+        sam_cost(model='mlp', batch=4, methods='sam,msam:2,mesa,plain', rounds=1, warmup=1, json=tmp_path/'c.json', **kwargs)
+        return len(seen), set(seen[1:]), capsys.readouterr().out      # the first is the check that the batch fits
+    n, found, out = command(precision='bf16')
+    about = json.loads((tmp_path/'c.json').read_text())['mlp 4 bf16 cpu']['about']
+    assert n > 20 and found == {torch.bfloat16} and about['autocast'] == 'bf16' and about['dtype'] == 'float32'
+    assert 'float32 with bf16 autocast, eager' in out and 'plain is left out: it runs in float32 only' in out
+    assert not torch.is_autocast_enabled('cpu')
+    n, found, out = command()
+    assert found == {torch.float32} and 'autocast' not in out
+    tables = load_costs(tmp_path/'c.json')
+    assert list(tables) == ['mlp 4 bf16 cpu', 'mlp 4 fp32 cpu'] and tables['mlp 4 fp32 cpu'].attrs['about']['autocast'] is None
+    for df in tables.values(): assert df.set_index('method').loc[['SAM', 'MESA'], ['forwards', 'backwards']].values.tolist() == [[2, 2], [2, 1]]
+
+
+def test_rounds_of_another_precision_are_not_gone_on_with(tmp_path):
+    "fp16 needs a GPU: its callback is only described here"
+    about = []
+    for mode in ('fp16', 'bf16'):
+        setting = cost._Setting(net, batch(), nn.CrossEntropyLoss(), cost.momentum_sgd, partial(cost.MixedPrecision, mode), False, 0)
+        about.append(cost._about({}, setting, 'cpu', 1, 1))
+    assert about[0] != about[1] and [a['autocast'] for a in about] == ['fp16', 'bf16']
+
+
+def test_without_a_compiler_the_command_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv('CXX', '/nowhere/g++')
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path/'cache'))
+    process = run(*'--model mlp --batch 4 --methods sam --rounds 1 --warmup 1 --compiled --json c.json'.split(), cwd=tmp_path)
+    out, err = process.communicate()
+    assert process.returncode == 1 and 'Traceback' not in err and not (tmp_path/'c.json').exists()
+    assert err.strip() == ("sam_cost: compiled: inductor, PyTorch's default backend, found no C++ compiler, which it needs for a CPU; "
+                           'install g++ or clang++, or name one in the variable CXX')
+
+
+def test_with_a_compiler_the_command_compiles(tmp_path, monkeypatch):
+    monkeypatch.setitem(prices.cost_models, 'mlp', (lambda: nn.Sequential(nn.Linear(784, 4), nn.ReLU(), nn.Linear(4, 10)), (784,)))
+    sam_cost(model='mlp', batch=4, methods='sam', rounds=1, warmup=1, compiled=True, json=tmp_path/'c.json')
+    about = json.loads((tmp_path/'c.json').read_text())['mlp 4 fp32 compiled cpu']['about']
+    df = load_costs(tmp_path/'c.json')['mlp 4 fp32 compiled cpu']
+    assert about['compiled'] is True and df.backwards.tolist() == [1, 1, 2, 2] and df.peak_mb.isna().all()
 
 
 # Files and the command --------------------------------------------------------------------------------------------------
@@ -343,6 +510,63 @@ def test_a_killed_command_goes_on_with_the_rounds_it_has(tmp_path):
     assert not rounds.exists() and all(len(s) == n for s in seconds.values())
 
 
+def test_what_the_command_is_told_is_what_is_measured(tmp_path, monkeypatch, capsys):
+    "Nothing is done twice; with other settings all is done anew; nothing is left beside the file"
+    monkeypatch.setitem(prices.cost_models, 'mlp', (lambda: nn.Linear(784, 10), (784,)))
+    file = tmp_path/'c.json'
+    def command(**kwargs):
+        sam_cost(**{**dict(model='mlp', batch=4, methods='sam', rounds=3, warmup=2, threads=2, clock='wall', json=file), **kwargs})
+        assert [p.name for p in tmp_path.iterdir()] == ['c.json']
+        return capsys.readouterr().out, load_costs(file)['mlp 4 fp32 cpu'].attrs
+    _, found = command()
+    about = found['about']
+    assert [about[k] for k in ('rounds', 'warmup', 'threads', 'clock', 'compiled')] == [3, 2, 2, 'wall', False]
+    again, same = command()
+    assert 'in ' in again and 'already' in again and same == found
+    out, more = command(rounds=4)
+    assert 'already' not in out and more['about']['rounds'] == 4 and len(more['seconds']['SAM']) == 4
+
+
+def test_the_command_measures_every_point_of_a_curve(tmp_path, monkeypatch):
+    def point(n): return {'SAM': SAM}, lambda: nn.Linear(5, 3), prices._random_batch((5,), n, classes=3)
+    monkeypatch.setitem(prices.cost_axes, 'batch', (point, (2, 3, 4)))
+    sam_cost(growth='batch', rounds=1, warmup=0, json=tmp_path/'g.json')
+    tables = load_costs(tmp_path/'g.json')
+    assert list(tables) == ['batch 2', 'batch 3', 'batch 4']
+    assert [(df.attrs['about']['axis'], df.attrs['about']['value'], df.attrs['about']['batch'][0][0]) for df in tables.values()] == [
+        ('batch', n, n) for n in (2, 3, 4)]
+
+
+def test_every_batch_is_the_same_one():
+    a, b = (prices._random_batch((3,), 5) for _ in range(2))
+    assert all(map(torch.equal, a, b))
+
+
+def test_a_file_is_changed_at_once_or_not_at_all(tmp_path, monkeypatch):
+    df, file = step_cost({'SAM': SAM}, net, batch(), rounds=1, warmup=0), tmp_path/'t.json'
+    save_costs(df, file, 'one')
+    before = file.read_bytes()
+    def full(*args): raise OSError('disk full')
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(OSError, match='disk full'): save_costs(df, file, 'two')
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize('budget', [1.1, 1.3, 1.6])
+def test_a_part_is_what_its_budget_allows(budget):
+    "Its work is as predicted, at most the budget, and more blocks would cost more than that"
+    x, y = prices._random_batch((3, 8, 8), 4)
+    make = partial(cifar_resnet, (4, 8), 1)
+    name, method = prices._cost_method(f'part:{budget}', x)
+    df = step_cost({name: method}, make, (x, y), rounds=1, warmup=0)
+    names, predicted = suffix_for(make(), x[:2], budget)
+    model = make()
+    chosen = prices._part(x, budget, model)
+    assert [id(w) for w in chosen] == [id(w) for n in names for w in model.get_submodule(n).parameters()]
+    assert 1 < predicted <= budget and len(chosen) < len(list(model.parameters()))
+    assert name == f'SAM, part {budget:g}' and df.work.iloc[3] == pytest.approx(predicted, abs=.1)
+
+
 def test_help_is_enough(tmp_path):
     out, _ = run('--help', cwd=tmp_path).communicate()
     for word in ('resnet18', 'vit_s', 'msam[:SHARDS[:RHO]]', 'part[:BUDGET]', 'peer', 'FILE.NAME.jsonl', 'processor', '--growth', '--rounds'): assert word in out, word
@@ -387,6 +611,40 @@ def test_a_point_of_growth_is_the_network_it_says(axis, value, weights):
     assert (about['axis'], about['value'], about['weights']) == (axis, value, weights)
     assert about['tensors'] == (2 * value if axis == 'tensors' else 8) and about['batch'][0][0] == (value if axis == 'batch' else 64)
     assert df.forwards[3:].tolist() == [2] * (len(df) - 3)
+
+
+@pytest.mark.parametrize('value', prices.cost_axes['tensors'][1])
+def test_a_curve_of_tensors_has_always_about_as_many_weights(value):
+    _, model, (x, y) = prices.cost_axes['tensors'][0](value)
+    n = sum(w.numel() for w in model().parameters())
+    assert abs(n / 66_000 - 1) < .06 and len(list(model().parameters())) == 2 * value and model()(x).shape == (64, x.shape[1])
+
+
+def test_curves_of_shards_sparsity_and_pieces_are_what_they_say():
+    for n in prices.cost_axes['shards'][1]:
+        methods, model, (x, y) = prices.cost_axes['shards'][0](n)
+        assert methods['mSAM']().n_shards == n and isinstance(methods['SAM'](), SAM) and len(x) == 64
+    for s in prices.cost_axes['sparsity'][1]:
+        methods, model, (x, y) = prices.cost_axes['sparsity'][0](s)
+        net, last = model(), methods['SAM of the last']()
+        share = sum(w.numel() for w in last.params(net)) / sum(w.numel() for w in net.parameters())
+        assert methods['SSAM']().mask.sparsity == s and 1 - s - .15 < share <= 1 - s + 1e-9 and len(x) == 32
+    for name, rows in (('mlp', 64), ('resnet20', 16)):
+        methods, model, (x, y) = prices.cost_axes['pieces'][0](name)
+        assert list(methods) == ['and the direction', 'and there and back', 'plain SAM'] and len(x) == rows
+        assert x.shape[1:] == prices.cost_models[name][1]
+
+
+@pytest.mark.parametrize('widths, depth, side', [((4, 8, 16), 2, 2), ((4, 8), 1, 4), ((6,), 3, 8)])
+def test_a_resnet_halves_the_side_between_stages_and_has_shortcuts(widths, depth, side):
+    model, seen = cifar_resnet(widths, depth), []
+    model[-3].register_forward_hook(lambda m, args, out: seen.append((tuple(args[0].shape[1:]))))
+    model(torch.randn(2, 3, 8, 8))
+    assert seen == [(widths[-1], side, side)] and sum(isinstance(m, Residual) for m in model) == depth * len(widths)
+    block = Residual(4, 4, 1).eval()
+    for m in (block.conv1, block.conv2): nn.init.zeros_(m.weight)
+    x = torch.rand(2, 4, 3, 3)
+    assert torch.equal(block(x), x)                    # what comes in goes past
 
 
 def test_the_last_part_of_the_weights_is_at_most_its_share():
@@ -437,9 +695,9 @@ def test_a_loss_that_becomes_infinite_is_told_with_the_method():
 @pytest.mark.parametrize('change, told', [
     (dict(model='resnet50'), "model='resnet50' must be one of resnet18, resnet20, vit_s, mlp"),
     (dict(methods='sam,adam'), "'adam' is no method"), (dict(methods='sam,adam'), r'part\[:BUDGET\]'),
-    (dict(methods='part:3'), r'the budget must be a number in \(1, 2\]'), (dict(methods='part:a'), 'part takes one number'),
+    (dict(methods='part:3'), r'the budget must be a number in \(1, 2\]'), (dict(methods='part:1'), r'the budget must be a number in \(1, 2\]'), (dict(methods='part:a'), 'part takes one number'),
     (dict(methods='sam,sam'), 'twice'), (dict(batch=0), 'batch=0'), (dict(rounds=0), 'rounds=0'), (dict(growth='age'), "growth='age' must be one of parameters, tensors, batch, shards, sparsity"),
-    (dict(precision='fp8'), "precision='fp8'"), (dict(precision='bf16'), 'needs a GPU'), (dict(device='cuda:99'), 'PyTorch sees no such GPU'),
+    (dict(precision='fp8'), "precision='fp8'"), (dict(precision='fp16'), "precision='fp16' needs a GPU"), (dict(device='cuda:99'), 'PyTorch sees no such GPU'),
     (dict(device='moon'), "device='moon' must be"), (dict(clock='sun'), "clock='sun'"), (dict(json=Path('/proc/x.json'), rounds=1), 'cannot write'),
     (dict(methods='msam:9', batch=4), 'sam_cost: '),
 ])

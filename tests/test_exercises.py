@@ -22,7 +22,8 @@ def exercises(path):
     return found
 
 
-pages = {p.stem: found for p in sorted(nbs.glob('*.ipynb')) if any('def check_' in source for _, source in (found := exercises(p)))}
+everywhere = {p.stem: exercises(p) for p in sorted(nbs.glob('*.ipynb'))}
+pages = {page: found for page, found in everywhere.items() if any('def check_' in source for _, source in found)}
 
 
 def calls(source):

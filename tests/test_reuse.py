@@ -8,11 +8,10 @@ import torch.nn.functional as F
 from conftest import same_bits
 from processes import in_processes
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
 
 from sam_explained.core import ascent, frozen_stats, perturbed, same_rng, two_pass
+from sam_explained.cost import _Work as Products
 from sam_explained.reuse import Prefix, suffix_for
 from sam_explained.sam import norm_params
 
@@ -114,15 +113,6 @@ cases = {  # name: (model, what is perturbed, is the whole model run in both pas
 
 
 # Two passes, in full and with reuse ----------------------------------------------------------------------------
-
-class Products(TorchDispatchMode):
-    flops = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        count = flop_registry.get(func._overloadpacket)
-        if count: self.flops += count(*args, **(kwargs or {}), out_val=out)
-        return out
-
 
 def step(make, choose, reuse, steps=2, masked=False, prepare=None, fresh_draw=False):
     "All that two steps leave behind, the products they take, and the warnings"

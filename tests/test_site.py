@@ -142,6 +142,14 @@ def test_every_link_leads_somewhere(seen, site, name):
         if anchor: assert unquote(anchor) in seen(path.removesuffix('.html')).ids, href
 
 
+@each_page
+def test_the_menu_is_the_same_on_every_page(seen, site, name):
+    "Pages keep their menu when another page is added, unless all are written again"
+    def menu(n): return seen(n).page.evaluate("() => [...document.querySelectorAll('.sidebar-tree a')].map(o => o.pathname + o.innerText)")
+    def plain(links): return [re.sub(r'.*/', '', o) for o in links]
+    assert len(menu('index')) > 20 and plain(menu(name)) == plain(menu('index'))
+
+
 @each_chapter
 def test_the_sources_are_linked(seen, name):
     path = notebooks[name].relative_to(root).as_posix()
