@@ -9,13 +9,14 @@ __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'co
            'moved_mask', 'Mask', 'RandomMask', 'MagnitudeMask', 'FisherMask', 'TopGradMask', 'DSTMask', 'SSAM',
            'Prefix', 'suffix_for', 'sparse_backward', 'with_ids', 'track_ids', 'forget_ids', 'History',
            'trajectory_loss', 'PastTerm', 'SAF', 'warm_decay', 'MeanTeacher', 'MESA', 'Objective', 'ball_sharpness',
-           'm_sharpness', 'top_eigenvalues', 'hessian_trace', 'hessian_spectrum', 'losses_at', 'filter_normalized',
-           'random_direction', 'slice_1d', 'slice_2d', 'plot_slices', 'eigen_directions', 'turn_slices',
-           'plane_through', 'slice_explorer', 'TrackSharpness', 'Journal', 'split_loaders', 'he_mlp', 'small_conv',
-           'SmallTransformer', 'task', 'Stack', 'StackData', 'fit_stack', 'SameDraws', 'CountPasses', 'EpochRows',
-           'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown', 'plot_compare', 'parse_method', 'sam_compare',
-           'difference', 'holm', 'decide', 'Ledger', 'step_cost', 'PlainStep', 'show_costs', 'paired_cost', 'verdict',
-           'cost_growth', 'save_costs', 'load_costs', 'cost_about', 'sam_cost']
+           'm_sharpness', 'top_eigenvalues', 'hessian_trace', 'hessian_spectrum', 'Lanczos', 'Spectrum', 'losses_at',
+           'Direction', 'filter_normalized', 'random_direction', 'slice_1d', 'slice_2d', 'plot_slices',
+           'eigen_directions', 'turn_slices', 'plane_through', 'slice_explorer', 'TrackSharpness', 'Journal',
+           'split_loaders', 'he_mlp', 'small_conv', 'SmallTransformer', 'task', 'Stack', 'StackData', 'fit_stack',
+           'SameDraws', 'CountPasses', 'EpochRows', 'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown',
+           'plot_compare', 'parse_method', 'sam_compare', 'difference', 'holm', 'decide', 'Ledger', 'step_cost',
+           'PlainStep', 'show_costs', 'paired_cost', 'verdict', 'cost_growth', 'save_costs', 'load_costs', 'cost_about',
+           'cost_models', 'sam_cost']
 
 # %% ../nbs/30_all.ipynb #d5cec44c
 from .landscape import *
@@ -46,7 +47,7 @@ from .claims import *
 from .cost import *
 from .prices import *
 
-# %% ../nbs/30_all.ipynb #92d0bda8
+# %% ../nbs/30_all.ipynb #b10ca828
 _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path',
          'descend', 'Frames', 'static_only', 'at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats',
          'same_rng', 'same_hidden', 'two_pass', 'digits', 'docstrings', 'noisy', 'SAM', 'norm_params',
@@ -54,9 +55,9 @@ _all_ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'cont
          'TopGradMask', 'DSTMask', 'SSAM', 'Prefix', 'suffix_for', 'sparse_backward',
          'with_ids', 'track_ids', 'forget_ids', 'History', 'trajectory_loss', 'PastTerm', 'SAF', 'warm_decay',
          'MeanTeacher', 'MESA', 'Objective', 'ball_sharpness', 'm_sharpness', 'top_eigenvalues', 'hessian_trace',
-         'hessian_spectrum', 'losses_at', 'filter_normalized', 'random_direction', 'slice_1d', 'slice_2d', 'plot_slices',
+         'hessian_spectrum', 'Lanczos', 'Spectrum', 'losses_at', 'Direction', 'filter_normalized', 'random_direction', 'slice_1d', 'slice_2d', 'plot_slices',
          'eigen_directions', 'turn_slices', 'plane_through', 'slice_explorer', 'TrackSharpness', 'Journal',
          'split_loaders', 'he_mlp', 'small_conv', 'SmallTransformer', 'task', 'Stack', 'StackData', 'fit_stack',
          'SameDraws', 'CountPasses', 'EpochRows', 'cosine_fit', 'Protocol', 'compare', 'summary', 'to_markdown',
          'plot_compare', 'parse_method', 'sam_compare', 'difference', 'holm', 'decide', 'Ledger', 'step_cost',
-         'PlainStep', 'show_costs', 'paired_cost', 'verdict', 'cost_growth', 'save_costs', 'load_costs', 'cost_about', 'sam_cost']
+         'PlainStep', 'show_costs', 'paired_cost', 'verdict', 'cost_growth', 'save_costs', 'load_costs', 'cost_about', 'cost_models', 'sam_cost']

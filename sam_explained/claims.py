@@ -15,35 +15,38 @@ from collections import namedtuple
 from itertools import product
 from .landscape import method_colors
 
-# %% ../nbs/09_claims.ipynb #beb67a48
+# %% ../nbs/09_claims.ipynb #9667294e
 Difference = namedtuple('Difference', 'mean low high p n')
 
 def difference(
     left,  # one number per seed
     right, # the same seeds in the same order
 ):
-    "Mean of `left - right` over the pairs, its 95 % interval, eq. (1), and the p-value of a mean of 0"
-    if len(left) != len(right): raise ValueError(f'left has {len(left)} seeds and right {len(right)}; they must be pairs')
+    "Mean of `left - right` over pairs, its 95 % interval, eq. (1), the p-value of a mean of 0"
+    if len(left) != len(right):
+        raise ValueError(f'left has {len(left)} seeds and right {len(right)}; they must be pairs')
     d = np.asarray(left, float) - np.asarray(right, float)
-    if len(d) < 2: raise ValueError(f'left has {len(d)} seeds; an interval needs at least 2')
-    if not np.isfinite(d).all(): raise ValueError('left and right must be finite numbers; leave out pairs that are not')
-    mean, err, df = d.mean(), d.std(ddof=1) / math.sqrt(len(d)), len(d) - 1
-    if err == 0: return Difference(mean, mean, mean, float(mean == 0), len(d))
-    half = stats.t.ppf(.975, df) * err
-    return Difference(*map(float, (mean, mean - half, mean + half, 2 * stats.t.sf(abs(mean) / err, df))), len(d))
+    n = len(d)
+    if n < 2: raise ValueError(f'left has {n} seeds; an interval needs at least 2')
+    if not np.isfinite(d).all():
+        raise ValueError('left and right must be finite numbers; leave out pairs that are not')
+    mean, err = float(d.mean()), float(d.std(ddof=1) / math.sqrt(n))
+    if err == 0: return Difference(mean, mean, mean, float(mean == 0), n)
+    half = float(stats.t.ppf(.975, n - 1)) * err
+    return Difference(mean, mean - half, mean + half, float(2 * stats.t.sf(abs(mean) / err, n - 1)), n)
 
-# %% ../nbs/09_claims.ipynb #7ae373f8
+# %% ../nbs/09_claims.ipynb #7f01c124
 def holm(
     ps, # p-values of all comparisons that were looked at
 ):
     "The p-values corrected for their number, eq. (2), in the same order (Holm 1979)"
     ps = np.asarray(ps, float)
-    if ((ps < 0) | (ps > 1) | np.isnan(ps)).any(): raise ValueError('ps must be numbers in [0, 1]')
+    if not ((ps >= 0) & (ps <= 1)).all(): raise ValueError('ps must be numbers in [0, 1]')
     order = ps.argsort(kind='stable')
     corrected = np.maximum.accumulate(np.minimum(1, ps[order] * np.arange(len(ps), 0, -1)))
     return corrected[order.argsort()]
 
-# %% ../nbs/09_claims.ipynb #f4703b31
+# %% ../nbs/09_claims.ipynb #49cbfe1c
 VERDICTS = 'holds here', 'does not hold here', 'not decided at this size'
 
 def decide(
@@ -53,17 +56,23 @@ def decide(
     kind='better',   # or 'as good as', or 'equal' (within `least`)
 ):
     "One of `VERDICTS`, by the rule of the plan"
-    if kind not in ('better', 'as good as', 'equal'): raise ValueError(f"kind={kind!r} must be 'better', 'as good as' or 'equal'")
-    yes, no, open = VERDICTS
-    if kind == 'equal': return yes if -least < d.low and d.high < least else no if d.low > least or d.high < -least else open
-    if kind == 'as good as': return yes if d.low > -least else no if d.high < -least else open
-    if d.mean >= least and corrected < .05: return yes
-    return no if d.high < least or d.mean < 0 and corrected < .05 else open
+    yes, no, undecided = VERDICTS
+    if kind == 'better':
+        if d.mean >= least and corrected < .05: return yes
+        return no if d.high < least or (d.mean < 0 and corrected < .05) else undecided
+    if kind == 'as good as': return yes if d.low > -least else no if d.high < -least else undecided
+    if kind != 'equal': raise ValueError(f"kind={kind!r} must be 'better', 'as good as' or 'equal'")
+    if -least < d.low and d.high < least: return yes
+    return no if d.low > least or d.high < -least else undecided
 
-# %% ../nbs/09_claims.ipynb #039c2082
-def _lines(path): return [json.loads(l) for l in path.read_text().splitlines()] if path.exists() else []
-def _keyed(path): return {tuple(r['key']): r for r in _lines(path) if 'key' in r}
+# %% ../nbs/09_claims.ipynb #18b6f6b2
+def _keyed(path):
+    "The finished runs of a `Journal` by their keys"
+    if not path.exists(): return {}
+    lines = map(json.loads, path.read_text().splitlines())
+    return {tuple(r['key']): r for r in lines if 'key' in r}
 
+# %% ../nbs/09_claims.ipynb #150ee74c
 class Ledger:
     "A plan, its grids of runs to choose by, and its judging runs"
     def __init__(self,
@@ -71,10 +80,12 @@ class Ledger:
     ):
         folder = Path(folder)
         self.plan = yaml.safe_load((folder/'plan.yml').read_text())
-        for name in ('choose', 'judge', 'shards', 'rate'): setattr(self, name, _keyed(folder/'results'/f'{name}.jsonl'))
         self.claims = {c['id']: c for c in self.plan['claims']}
+        self.choose, self.judge, self.shards, self.rate = (
+            _keyed(folder/'results'/f'{name}.jsonl') for name in ('choose', 'judge', 'shards', 'rate'))
+        self._found = None
 
-# %% ../nbs/09_claims.ipynb #9af963cb
+# %% ../nbs/09_claims.ipynb #c6dacf93
 @patch
 def chosen(self:Ledger,
     setting, # a name of the plan
@@ -83,42 +94,50 @@ def chosen(self:Ledger,
 ):
     "Step size and strength of the highest mean accuracy on the choosing seeds"
     grid = self.choose[setting, method]
-    mean = {(s, l): round(float(np.mean(a)), 6) for l, row in zip(grid['lr'], grid['accuracy']) for s, a in zip(grid['strength'], row)
-            if lr is None or l == lr}
-    strength, lr = min(mean, key=lambda i: (-mean[i], *i))
-    return lr, strength
+    mean = np.mean(grid['accuracy'], -1).round(6)              # a table: step size, strength
+    found = [(-mean[i, k], strength, step) for i, step in enumerate(grid['lr'])
+             for k, strength in enumerate(grid['strength']) if lr is None or step == lr]
+    _, strength, step = min(found)
+    return step, strength
 
-# %% ../nbs/09_claims.ipynb #1d38c71f
+# %% ../nbs/09_claims.ipynb #7906b27e
 @patch
 def side(self:Ledger,
     told, # an entry of `compare` in the plan
 ):
     "The methods of one side of a comparison, and whether the best of them is meant"
     if told in self.plan['methods']: return [told], False
-    if told.startswith('best of '): return [n.strip() for n in told.removeprefix('best of ').split(';')], True
-    return told.split(', '), False
+    best = told.startswith('best of ')
+    return [n.strip() for n in told.removeprefix('best of ').split(';' if best else ',')], best
 
 @patch
 def pairs(self:Ledger, claim, setting):
     "What a claim compares in a setting: pairs of runs `(method, lr, strength, renorm)`"
-    (lefts, _), (rights, is_best) = map(self.side, claim['compare'])
+    (lefts, _), (rights, best) = map(self.side, claim['compare'])
+    unfit = {m for a in self.plan['added'] for m in a.get('leave_out', {}).get(setting, [])}
+    lefts = [m for m in lefts if m not in unfit]          # methods that this network refuses
     if any((setting, m) not in self.choose for m in (*lefts, *rights)): return []
-    if is_best: rights = [max(rights, key=lambda m: np.mean(self.choose[setting, m]['accuracy'], -1).max())]
-    return [tuple(self._run(claim, setting, m) for m in both) for both in product(lefts, rights)]
+    def highest(m): return np.mean(self.choose[setting, m]['accuracy'], -1).max()
+    if best: rights = [max(rights, key=highest)]
+    return [(self._run(claim, setting, a), self._run(claim, setting, b)) for a, b in product(lefts, rights)]
 
+# %% ../nbs/09_claims.ipynb #560d6e06
 @patch
 def _run(self:Ledger, claim, setting, method):
-    if 'lr and rho' in claim: return method, *self.chosen(setting, 'SAM'), 'renorm' in claim['lr and rho']
+    "The settings of one side, as the claim wants them"
+    shared = claim.get('lr and rho')
+    if shared: return method, *self.chosen(setting, 'SAM'), 'renorm' in shared
     lr = self.chosen(setting, 'SGD')[0] if 'lr' in claim else None
     return method, *self.chosen(setting, method, lr), False
 
-# %% ../nbs/09_claims.ipynb #decb6382
+# %% ../nbs/09_claims.ipynb #3a7993b1
 @patch
 def collapsed(self:Ledger, setting, run):
     "For each seed, whether the run diverged or is hardly better than chance"
-    found = self.judge[setting, *run]
-    chance = 100 / {'digits': 10, 'docstrings': 8, 'breast_cancer': 2}[self.plan['settings'][setting]['data']]
-    return np.array([a < 1.5 * chance for a in found['accuracy']]) | ~np.isfinite(np.array(found['loss'], float))
+    found, data = self.judge[setting, *run], self.plan['settings'][setting]['data']
+    chance = 100 / {'digits': 10, 'docstrings': 8, 'breast_cancer': 2}[data]
+    low = np.array(found['accuracy']) < 1.5 * chance
+    return low | ~np.isfinite(np.array(found['loss'], float))
 
 @patch
 def values(self:Ledger, setting, run, metric):
@@ -126,109 +145,148 @@ def values(self:Ledger, setting, run, metric):
     found = self.judge[setting, *run]
     if metric == 'accuracy': return np.array(found['accuracy'])
     one, five = (np.array(found[f'lambda_{k}'], float) for k in (1, 5))
-    with np.errstate(invalid='ignore', divide='ignore'): values = {'1 / lambda_1': -np.log(one), 'lambda_5 / lambda_1': np.log(five / one)}[metric]
-    return np.where(self.collapsed(setting, run) | ~np.isfinite(values), np.nan, values)
+    ratio = {'1 / lambda_1': 1 / one, 'lambda_5 / lambda_1': five / one}[metric]
+    good = np.isfinite(ratio) & (ratio > 0) & ~self.collapsed(setting, run)
+    return np.where(good, np.log(np.where(good, ratio, 1.)), np.nan)
 
-# %% ../nbs/09_claims.ipynb #3a4b7a11
+# %% ../nbs/09_claims.ipynb #bebfb0da
 Row = namedtuple('Row', 'claim setting left right unit least kind means d left_out')
 
 @patch
 def compared(self:Ledger, claim, setting):
     "The rows of a claim that compares runs"
-    unit = 'points' if claim['metric'] == 'accuracy' else 'ratio'
     for left, right in self.pairs(claim, setting):
-        if any((setting, *run) not in self.judge for run in (left, right)): continue
-        a, b = (self.values(setting, run, claim['metric']) for run in (left, right))
-        fine = np.isfinite(a) & np.isfinite(b)
-        yield Row(claim['id'], setting, left, right, unit, .5 if unit == 'points' else math.log(1.1), claim.get('kind', 'better'),
-                  tuple(x[fine].mean() if unit == 'points' else np.exp(-x[fine].mean()) for x in (a, b)), difference(a[fine], b[fine]) if fine.sum() > 1 else None, int((~fine).sum()))
+        if not {(setting, *left), (setting, *right)} <= self.judge.keys(): continue
+        yield _compared(claim, setting, left, right,
+                        *(self.values(setting, run, claim['metric']) for run in (left, right)))
 
-# %% ../nbs/09_claims.ipynb #f55c8f45
+# %% ../nbs/09_claims.ipynb #7029148d
+def _compared(claim, setting, left, right, a, b):
+    "A row from one number per seed of both sides, logarithms if it is a ratio"
+    points = claim['metric'] == 'accuracy'
+    fine = np.isfinite(a) & np.isfinite(b)
+    means = [x[fine].mean() if points else np.exp(-x[fine].mean()) for x in (a, b)]
+    return Row(claim['id'], setting, left, right, 'points' if points else 'ratio',
+               .5 if points else math.log(1.1), claim.get('kind', 'better'), tuple(means),
+               difference(a[fine], b[fine]) if fine.sum() > 1 else None, int((~fine).sum()))
+
+# %% ../nbs/09_claims.ipynb #9dd28a33
 @patch
 def of_shards(self:Ledger, claim, setting):
     "Kendall's tau of sharpness and gap: shards of one row against all rows at once"
     taus = np.array([r['tau'] for key, r in self.shards.items() if key[0] == setting])
-    if len(taus) > 1: yield Row(claim['id'], setting, ('m = 1',), ('all rows',), 'tau', .05, 'better', (taus[:, 0].mean(), taus[:, -1].mean()),
-                            difference(taus[:, 0], taus[:, -1]), 0)
+    if len(taus) < 2: return
+    one, whole = taus[:, 0], taus[:, -1]
+    yield Row(claim['id'], setting, ('m = 1',), ('all rows',), 'tau', .05, 'better',
+              (one.mean(), whole.mean()), difference(one, whole), 0)
 
 @patch
 def of_radius(self:Ledger, claim, setting):
     "The best radius of SAM over that of mSAM 8, for each choosing seed, at SAM's step size"
-    if not {(setting, 'SAM'), (setting, 'mSAM 8')} <= self.choose.keys(): return
+    methods = 'SAM', 'mSAM 8'
+    if not {(setting, m) for m in methods} <= self.choose.keys(): return
     lr, _ = self.chosen(setting, 'SAM')
     logs = []
-    for grid in (self.choose[setting, m] for m in ('SAM', 'mSAM 8')):
+    for grid in (self.choose[setting, m] for m in methods):
         accuracy = np.array(grid['accuracy'][grid['lr'].index(lr)])
         logs.append(np.log(grid['strength'])[accuracy.argmax(0)])
-    yield Row(claim['id'], setting, ('SAM', lr), ('mSAM 8', lr), 'ratio', math.log(1.5), 'better', tuple(np.exp(l.mean()) for l in logs), difference(*logs), 0)
+    yield Row(claim['id'], setting, *((m, lr) for m in methods), 'ratio', math.log(1.5), 'better',
+              tuple(np.exp(l.mean()) for l in logs), difference(*logs), 0)
 
 @patch
 def of_rate(self:Ledger, claim, setting):
-    "The exponent of the mean squared gradient over T: SAM against two masks"
+    "The exponent of the mean squared gradient over T: two masks, each against all weights"
     for mask in ('random half', 'Fisher half'):
         seeds = [seed for m, seed in self.rate if m == mask and ('all', seed) in self.rate]
         if len(seeds) < 2: continue
-        ours, all_of_them = ([self.rate[m, seed]['exponent'] for seed in seeds] for m in (mask, 'all'))
-        yield Row(claim['id'], setting, (mask,), ('all',), 'exponent', .1, 'equal', (np.mean(ours), np.mean(all_of_them)), difference(ours, all_of_them), 0)
+        some, every = ([self.rate[m, seed]['exponent'] for seed in seeds] for m in (mask, 'all'))
+        yield Row(claim['id'], setting, (mask,), ('all',), 'exponent', .1, 'equal',
+                  (np.mean(some), np.mean(every)), difference(some, every), 0)
 
-# %% ../nbs/09_claims.ipynb #09e3ebc7
+# %% ../nbs/09_claims.ipynb #36dcf001
 @patch
-def of_ranks(self:Ledger, claim, setting):
-    "Spearman's correlation of accuracy and log lambda_1 over the methods, with a bootstrap over seeds"
+def of_ranks(self:Ledger, claim, setting, draws=2000):
+    "Spearman's correlation of accuracy and log lambda_1 over methods; bootstrap over seeds"
     runs = [(m, *self.chosen(setting, m), False) for s, m in self.choose if s == setting]
     runs = [r for r in runs if (setting, *r) in self.judge]
     if len(runs) < 5: return
     accuracy = np.array([self.values(setting, r, 'accuracy') for r in runs])
     sharp = np.array([-self.values(setting, r, '1 / lambda_1') for r in runs])
-    def ranked(i): return stats.spearmanr(accuracy[:, i].mean(1), np.nanmean(sharp[:, i], 1))[0]
+    def ranked(i): return float(stats.spearmanr(accuracy[:, i].mean(1), np.nanmean(sharp[:, i], 1))[0])
     n, rng = accuracy.shape[1], np.random.default_rng(0)
-    low, high = np.quantile([ranked(rng.integers(n, size=n)) for _ in range(2000)], [.025, .975])
-    yield Row(claim['id'], setting, (f'{len(runs)} methods',), (), 'rank correlation', .5, 'below', (), Difference(ranked(np.arange(n)), low, high, math.nan, n), 0)
+    drawn = [ranked(rng.integers(n, size=n)) for _ in range(draws)]
+    d = Difference(ranked(np.arange(n)), *np.quantile(drawn, [.025, .975]), math.nan, n)
+    yield Row(claim['id'], setting, (f'{len(runs)} methods',), (), 'rank correlation', .5, 'below', (), d, 0)
 
-# %% ../nbs/09_claims.ipynb #9f3cbce1
-_special = {'shards-correlate': Ledger.of_shards, 'msam-radius': Ledger.of_radius, 'ssam-rate': Ledger.of_rate, 'sharpness-ranks': Ledger.of_ranks}
+# %% ../nbs/09_claims.ipynb #ba3c95b6
+_special = {'shards-correlate': Ledger.of_shards, 'msam-radius': Ledger.of_radius,
+            'ssam-rate': Ledger.of_rate, 'sharpness-ranks': Ledger.of_ranks}
 
 def _said(row, corrected):
     if row.d is None or row.left_out > .2 * (row.d.n + row.left_out): return VERDICTS[2]
-    if row.kind == 'below': return VERDICTS[0] if row.d.high < -row.least else VERDICTS[1] if row.d.low > -row.least else VERDICTS[2]
-    return decide(row.d, corrected, row.least, row.kind)
+    if row.kind != 'below': return decide(row.d, corrected, row.least, row.kind)
+    return VERDICTS[0] if row.d.high < -row.least else VERDICTS[1] if row.d.low > -row.least else VERDICTS[2]
 
 @patch
 def rows(self:Ledger):
-    "All rows that have been run, as pairs `(Row, corrected p-value, verdict)`; the correction is over all of them"
-    if hasattr(self, '_found'): return self._found
-    found = [row for c in self.plan['claims'] for s in c['settings'] for row in _special.get(c['id'], Ledger.compared)(self, c, s)]
+    "All rows that have been run, as `(Row, corrected p-value, verdict)`; corrected over all"
+    if self._found is not None: return self._found
+    found = [row for c in self.plan['claims'] for s in c['settings']
+             for row in _special.get(c['id'], Ledger.compared)(self, c, s)]
     tested = [i for i, r in enumerate(found) if r.d is not None and not math.isnan(r.d.p)]
     corrected = dict(zip(tested, holm([found[i].d.p for i in tested])))
-    self._found = [(r, corrected.get(i, math.nan), _said(r, corrected.get(i))) for i, r in enumerate(found)]
+    ps = [corrected.get(i, math.nan) for i in range(len(found))]
+    self._found = [(r, p, _said(r, p)) for r, p in zip(found, ps)]
     return self._found
 
-# %% ../nbs/09_claims.ipynb #0658be42
+# %% ../nbs/09_claims.ipynb #0cf1ab27
 @patch
 def missing(self:Ledger):
     "Claims and settings of the plan without a row yet"
     there = {(r.claim, r.setting) for r, _, _ in self.rows()}
-    return [(c['id'], s) for c in self.plan['claims'] for s in c['settings'] if (c['id'], s) not in there]
+    wanted = [(c['id'], s) for c in self.plan['claims'] for s in c['settings']]
+    return [w for w in wanted if w not in there]
 
-# %% ../nbs/09_claims.ipynb #255f5f3a
+# %% ../nbs/09_claims.ipynb #6bdb1ca5
 def _number(row, x, sign=''):
-    return f'x {math.exp(x):.2f}' if row.unit == 'ratio' else f'{x:{sign}.{1 if row.unit == "points" else 2}f}'
+    if row.unit == 'ratio': return f'x {math.exp(x):.2f}'
+    return f'{x:{sign}.{1 if row.unit == "points" else 2}f}'
 
 def told_difference(
     row, # a `Row`
 ):
     "Mean difference and interval as text: points of accuracy, or a factor"
-    return f'{_number(row, row.d.mean, "+")} ({_number(row, row.d.low, "+")} to {_number(row, row.d.high, "+")})' if row.d else 'too few pairs'
+    if row.d is None: return 'too few pairs'
+    mean, low, high = (_number(row, x, '+') for x in row.d[:3])
+    return f'{mean} ({low} to {high})'
 
 def seeds_needed(
     row, # a `Row` of one of the first kinds
 ):
-    "Seeds at which the interval would be short enough, if mean and spread stay what they are; None above 1,000"
-    line = {'better': 0 if row.d.mean >= row.least else row.least, 'as good as': -row.least}.get(row.kind, math.copysign(row.least, row.d.mean))
-    spread = (row.d.high - row.d.mean) / stats.t.ppf(.975, row.d.n - 1) * math.sqrt(row.d.n)
-    return next((n for n in range(2, 1001) if stats.t.ppf(.975, n - 1) * spread / math.sqrt(n) < abs(row.d.mean - line)), None)
+    "Seeds at which the interval would be short enough if mean and spread stay; None above 1,000"
+    d, least = row.d, row.least
+    line = {'better': 0 if d.mean >= least else least, 'as good as': -least}.get(row.kind)
+    if line is None: line = math.copysign(least, d.mean)
+    def quantile(n): return stats.t.ppf(.975, n - 1) / math.sqrt(n)
+    spread = (d.high - d.mean) / quantile(d.n)
+    return next((n for n in range(2, 1001) if quantile(n) * spread < abs(d.mean - line)), None)
 
-# %% ../nbs/09_claims.ipynb #42fbda2d
+# %% ../nbs/09_claims.ipynb #ed2da35f
+def _method(row, run, mean):
+    settings = f' ({", ".join(f"{x:g}" for x in run[1:3] if x)})' if len(run) > 1 else ''
+    return f'{run[0]}{settings}: ' + (f'{mean:.1f}' if row.unit == 'points' else f'{mean:.3g}')
+
+def _rounded(p): return '' if math.isnan(p) else '< 0.0001' if p < 1e-4 else f'{p:.2g}'
+
+@patch
+def _trained(self:Ledger, row):
+    "How well both sides know their training rows, and how many collapsed"
+    if len(row.left) < 4: return {'in training': '', 'collapsed': 0}
+    runs = [(row.setting, *run) for run in (row.left, row.right)]
+    train = ' / '.join(f"{np.mean(self.judge[run]['train']):.0f}" for run in runs)
+    return {'in training': train, 'collapsed': sum(self.collapsed(s, run).sum() for s, *run in runs)}
+
+# %% ../nbs/09_claims.ipynb #e8eac7e9
 @patch
 def place(self:Ledger, setting):
     "A setting in words"
@@ -237,30 +295,33 @@ def place(self:Ledger, setting):
     noise = f'{100 * s["noise"]:.0f} % wrong labels, ' if s['noise'] else ''
     return f'{s["data"]}, {noise}{s["n_train"]} rows, {s["model"]}, {s["epochs"]} epochs'
 
-def _method(row, run, mean):
-    settings = f' ({", ".join(f"{x:g}" for x in run[1:3] if x)})' if len(run) > 1 else ''
-    return f'{run[0]}{settings}: ' + (f'{mean:.1f}' if row.unit == 'points' else f'{mean:.3g}')
-
 @patch
 def table(self:Ledger, claim):
-    "The rows of one claim, as text: both sides with step size, strength and mean; difference; corrected p; verdict"
-    found = [(r, p, v) for r, p, v in self.rows() if r.claim == claim]
-    lost = lambda r: sum(self.collapsed(r.setting, run).sum() for run in (r.left, r.right)) if len(r.left) == 4 and r.right else 0
-    return pd.DataFrame([{'setting': r.setting, **{k: _method(r, run, m) for k, run, m in zip(('this', 'against'), (r.left, r.right), r.means or (0,))},
-                          'difference': told_difference(r), 'p': '' if math.isnan(p) else f'{p:.2g}', 'verdict': v,
-                          'collapsed': lost(r)} for r, p, v in found])
+    """The rows of one claim, as text: both sides with step size, strength, mean; difference;
+    corrected p; verdict; accuracy of both on their training rows; collapsed runs of both"""
+    return pd.DataFrame([{
+        'setting': r.setting,
+        **{k: _method(r, *of) for k, *of in zip(('this', 'against'), (r.left, r.right), r.means or (0,))},
+        'difference': told_difference(r), 'p': _rounded(p), 'verdict': v,
+        **self._trained(r)} for r, p, v in self.rows() if r.claim == claim])
 
-# %% ../nbs/09_claims.ipynb #5f82d837
+# %% ../nbs/09_claims.ipynb #5e26e0c8
 @patch
-def _more(self:Ledger, c):
+def _more(self:Ledger, claim):
     "What would decide the settings that are open, as Markdown"
-    wide = [(r.setting, seeds_needed(r) or 1001) for r, _, v in self.rows() if r.claim == c['id'] and v == VERDICTS[2] and r.d and len(r.left) == 4]
-    most = {s: max(n for t, n in wide if t == s) for s, _ in wide}
-    commands = [f'python benchmarks/claims/judge.py runs --settings {s} --seeds 2000-{1999 + n}' for s, n in most.items() if n <= 1000]
-    told = 'To decide what is open, at the spread seen here:\n\n```bash\n' + '\n'.join(commands) + '\n```' if commands else ''
-    many = [s for s, n in most.items() if n > 1000]
-    return told + (f'\n\nMore than a thousand seeds would be needed for: {", ".join(many)}.' if many else '')
+    most = {}
+    for r, _, v in self.rows():
+        if r.claim == claim and v == VERDICTS[2] and r.d and len(r.left) == 4:
+            most[r.setting] = max(most.get(r.setting, 0), seeds_needed(r) or math.inf)
+    commands = [f'python benchmarks/claims/judge.py runs --settings {s} --seeds 2000-{1999 + n}'
+                for s, n in most.items() if n < math.inf]
+    many = ', '.join(s for s, n in most.items() if n == math.inf)
+    told = ['To decide what is open, at the spread seen here:',
+            '```bash\n' + '\n'.join(commands) + '\n```'] if commands else []
+    if many: told.append(f'More than a thousand seeds would be needed for: {many}.')
+    return '\n\n'.join(told)
 
+# %% ../nbs/09_claims.ipynb #69c270f6
 @patch
 def show(self:Ledger,
     claim, # its id in the plan
@@ -268,29 +329,36 @@ def show(self:Ledger,
     "What a claim says, what would refute it, how it was tried, and its table"
     from IPython.display import Markdown, display
     c = self.claims[claim]
-    source = re.sub(r'https://arxiv.org/abs/([\d.]+)', r'[arXiv:\1](https://arxiv.org/abs/\1)', c['source'])
-    lines = [f'**Claim** ({source}). {c["claim"]}', f'**Refuted by:** {c["refuted"]}.', f'**Measured:** {c["metric"]}.']
-    lines += ['**Tried on:** ' + '; '.join(f'*{s}*: {self.place(s)}' for s in c['settings']) + '.']
-    display(Markdown('\n\n'.join(lines)), self.table(claim).style.hide())
-    if more := self._more(c): display(Markdown(more))
+    source = re.sub(r'https://(arxiv.org)/abs/([\d.]+)', r'[arXiv:\2](https://\1/abs/\2)', c['source'])
+    tried = '; '.join(f'*{s}*: {self.place(s)}' for s in c['settings'])
+    display(Markdown(f'**Claim** ({source}). {c["claim"]}\n\n**Refuted by:** {c["refuted"]}.\n\n'
+                     f'**Measured:** {c["metric"]}.\n\n**Tried on:** {tried}.'),
+            self.table(claim).style.hide())
+    if more := self._more(claim): display(Markdown(more))
 
-# %% ../nbs/09_claims.ipynb #599f65e6
+# %% ../nbs/09_claims.ipynb #cc8ac86a
+def _ink(method):
+    "The colour of a method's family"
+    return next((c for k, c in method_colors.items() if method.startswith(k)), '#7a7a7a')
+
+# %% ../nbs/09_claims.ipynb #08ff22cc
 @patch
 def plot(self:Ledger,
     claims, # ids, in the order to draw them
 ):
-    "Differences in accuracy with their 95 % intervals; filled where the claim holds, hollow where it does not, grey where open"
+    """Differences in accuracy with their 95 % intervals; filled where the claim holds, hollow
+    where it does not, grey where it is not decided"""
     import matplotlib.pyplot as plt
     found = [(r, v) for c in claims for r, _, v in self.rows() if r.claim == c and r.unit == 'points']
-    _, ax = plt.subplots(figsize=(6, .6 + .24 * len(found)))
+    _, ax = plt.subplots(figsize=(5, .6 + .24 * len(found)))
     ax.axvline(0, lw=.8, color='#7a7a7a')
     for y, (r, v) in enumerate(found):
-        shade, filled = ('#7a7a7a', True) if v == VERDICTS[2] else ('#1f77b4', v == VERDICTS[0])
-        ax.plot([r.d.low, r.d.high], [y, y], color=shade, lw=1.4)
-        ax.plot(r.d.mean, y, 'o', color=shade, mfc=shade if filled else 'white', ms=5)
-    ax.set(yticks=range(len(found)), yticklabels=[f'{r.left[0]} − {r.right[0]}, {r.setting}' for r, _ in found], xlabel='points of accuracy')
+        ink = '#a9a9a9' if v == VERDICTS[2] else _ink(r.left[0])
+        ax.plot([r.d.low, r.d.high], [y, y], color=ink, lw=1.6)
+        ax.plot(r.d.mean, y, 'o', color=ink, mfc='white' if v == VERDICTS[1] else ink, ms=5.5)
+    names = [f'{r.left[0]} − {r.right[0]}, {r.setting}' for r, _ in found]
+    ax.set(yticks=range(len(found)), yticklabels=names, xlabel='points of accuracy')
     ax.invert_yaxis()
-    plt.show()
 
 @patch
 def curves(self:Ledger,
@@ -298,14 +366,15 @@ def curves(self:Ledger,
     methods, # names of the plan, that have a radius
     ax=None, # matplotlib axes; None: new ones
 ):
-    "Mean accuracy on the choosing seeds against the radius, each with its best step size; SGD as a line"
+    "Mean accuracy on the choosing seeds against the radius, best step size for each; SGD a line"
     import matplotlib.pyplot as plt
-    if ax is None: _, ax = plt.subplots(figsize=(5.2, 3.2))
-    greys = itertools.cycle(['-', '--', ':', '-.'])
-    for m in methods:
-        grid = self.choose[setting, m]
-        color = next((c for name, c in method_colors.items() if m.startswith(name) and name != 'SGD'), '#7a7a7a')
-        ax.plot(grid['strength'], np.mean(grid['accuracy'], -1).max(0), next(greys), color=color, label=m, marker='.')
-    ax.axhline(np.mean(self.choose[setting, 'SGD']['accuracy'], -1).max(), color=method_colors['SGD'], lw=1, label='SGD')
+    if ax is None: _, ax = plt.subplots(figsize=(4.8, 3.2))
+    def best(m): return np.mean(self.choose[setting, m]['accuracy'], -1).max(0)
+    styles = itertools.cycle([('-', 'o'), ('--', 's'), (':', '^'), ('-.', 'D')])
+    for m, (line, mark) in zip(methods, styles):
+        ax.plot(self.choose[setting, m]['strength'], best(m), line, marker=mark, ms=4, color=_ink(m), label=m)
+    ax.axhline(best('SGD').max(), color=method_colors['SGD'], lw=1, label='SGD')
     ax.set(xscale='log', xlabel=r'radius $\rho$', ylabel='accuracy, %', title=setting)
+    ax.set_xticks(ticks := [.05, .1, .2, .5, 1], [f'{t:g}' for t in ticks])
+    ax.minorticks_off()
     ax.legend(fontsize=7)

@@ -60,7 +60,7 @@ _methods = {'sgd': ((), list), 'sam': ((float,), SAM), 'asam': ((float,), _asam)
             'ssam': ((_mask, float, float), _ssam), 'saf': ((float,), SAF), 'mesa': ((float,), MESA)}
 _written = {'sgd': 'SGD', 'sam': 'SAM', 'asam': 'ASAM', 'msam': 'mSAM', 'ssam': 'SSAM', 'saf': 'SAF', 'mesa': 'MESA'}
 
-# %% ../nbs/08d_command.ipynb #01b92ac0
+# %% ../nbs/08d_command.ipynb #fed7eb8a
 @call_parse
 def sam_compare(
     data: str = 'digits',        # digits, breast_cancer or docstrings
@@ -85,8 +85,8 @@ def sam_compare(
     A method is sgd, sam[:RHO], asam[:RHO], msam[:SHARDS[:RHO]], ssam[:MASK[:SPARSITY[:RHO]]] with
     MASK fisher, dst or random, saf[:LAM] or mesa[:LAM]. With --out RUNS.jsonl each finished run is
     written at once, and the same command goes on where it was interrupted, also with more methods
-    or seeds; a run that failed is kept as well, until its line is taken out of the file. With --out TABLE.parquet the runs go into TABLE.jsonl, and the table is written at the
-    end. Intervals: 95 %, Student's t, differences seed by seed."""
+    or seeds; a run that failed is kept as well, until its line is taken out of the file. With
+    --out TABLE.parquet the runs go into TABLE.jsonl, and the table is written at the end. Intervals: 95 %, Student's t, differences seed by seed."""
     try: table = _compared(locals())
     except (TypeError, ValueError, OSError, ImportError) as e: sys.exit(f'sam_compare: {e}')
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['at_least', 'grad_norm', 'ascent', 'perturbed', 'frozen_stats', 'same_rng', 'same_hidden', 'two_pass']
 
-# %% ../nbs/01_core.ipynb #5206ad9b
+# %% ../nbs/01_core.ipynb #0f613ec0
 from contextlib import contextmanager
 from functools import reduce
 from inspect import signature
@@ -15,20 +15,21 @@ import signal
 import threading
 import torch
 
-# %% ../nbs/01_core.ipynb #2bb9738d
+# %% ../nbs/01_core.ipynb #0e6caf1d
 def at_least(name, value, low, finite=True, whole=False):
-    "Return `value` if it is a number (`whole`: an int) from `low` up; the error names the argument, the value and the range"
+    "`value` if it is a number (`whole`: an int) from `low` up; the error names argument, value and range"
     allowed = f'an int from {low} up' if whole else f"a number in [{low}, inf{')' if finite else ']'}"
-    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real): raise TypeError(f'{name}={value!r} must be {allowed}')
+    if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+        raise TypeError(f'{name}={value!r} must be {allowed}')
     if not low <= value or (finite and value == inf): raise ValueError(f'{name}={value!r} must be {allowed}')
     return value
 
-# %% ../nbs/01_core.ipynb #0f446570
+# %% ../nbs/01_core.ipynb #18191f8c
 def grad_norm(
     grads, # tensors of any shapes, on any devices: one vector in pieces
     p=2,   # which norm, from 1 to `inf`
 ):
-    "The p-norm of all `grads` together (Foret et al. 2021, section 2), as a 0-d tensor of at least float32; no host sync"
+    "The p-norm of all `grads` together (Foret et al. 2021, section 2): 0-d, at least float32"
     at_least('p', p, 1, finite=False)
     dtype = reduce(torch.promote_types, {g.dtype for g in grads}, torch.float32)
     grads = [g for g in grads if g.numel()]
@@ -37,9 +38,9 @@ def grad_norm(
     if len({n.device for n in norms}) > 1: norms = [n.to(norms[0].device) for n in norms]
     return torch.linalg.vector_norm(torch.stack(norms), p)
 
-# %% ../nbs/01_core.ipynb #46551fd7
+# %% ../nbs/01_core.ipynb #f5c643ab
 def _steepest_coordinate(grads, rho):
-    "`rho * sign(g)` at the one largest `|g|` over all tensors (the first, if several tie), 0 elsewhere; no host sync"
+    "`rho * sign(g)` at the one largest `|g|` over all tensors (the first of several), 0 elsewhere; no host sync"
     tops = torch.stack([g.abs().max().to(grads[0].device) if g.numel() else grads[0].new_tensor(-1.) for g in grads])
     eps = []
     for i, g in enumerate(grads):
@@ -52,7 +53,7 @@ def _steepest_coordinate(grads, rho):
         eps.append(torch.zeros_like(flat).scatter_(0, at, rho * flat.gather(0, at).sign() * here).view_as(g))
     return eps
 
-# %% ../nbs/01_core.ipynb #c575236e
+# %% ../nbs/01_core.ipynb #2f8abbeb
 def _steepest(grads, rho, p):
     "Equation (3): the point of the p-ball of radius `rho` furthest along `grads`"
     if not grads: return []
@@ -60,42 +61,48 @@ def _steepest(grads, rho, p):
     if p == 1: return _steepest_coordinate(grads, rho)
     q = p / (p - 1)
     norm = grad_norm(grads, q)
-    inverse = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))   # without a gradient there is no direction: stay
-    if p != 2: return [rho * g.sign() * (g.abs() * inverse.to(g.device))**(q - 1) for g in grads]
+    inverse = torch.where(norm > 0, 1 / norm, torch.zeros_like(norm))   # no gradient: stay
+    if p != 2:
+        return [rho * g.sign() * (g.abs() * inverse.to(g.device))**(q - 1) for g in grads]
     if len({g.device for g in grads}) == 1: return torch._foreach_mul(grads, rho * inverse)
     return [g * (rho * inverse).to(g.device) for g in grads]
 
-# %% ../nbs/01_core.ipynb #cc061d6f
+# %% ../nbs/01_core.ipynb #e7037fca
 def _check_ball(rho, p=2, eta=0.01, **other):
     at_least('rho', rho, 0)
     at_least('p', p, 1, finite=False)
     at_least('eta', eta, 0)
 
+def _check_pairs(grads, params, masks, adaptive):
+    if adaptive and params is None:
+        raise ValueError('adaptive=True needs params, the weights that belong to grads')
+    for name, xs in (('params', params), ('masks', masks)):
+        if xs is not None and len(xs) != len(grads):
+            raise ValueError(f'{name} has {len(xs)} tensors, grads has {len(grads)}')
+
 # %% ../nbs/01_core.ipynb #6e17de64
 def _times(xs, ys): return xs if ys is None else [x * y for x, y in zip(xs, ys, strict=True)]
 
-# %% ../nbs/01_core.ipynb #024c3997
+# %% ../nbs/01_core.ipynb #bce83bf5
 @torch.no_grad()
 def ascent(
-    grads,          # the gradient $g$, a list of tensors; a common factor (a loss scale) does not matter
-    rho,            # radius $\rho\ge0$ of the ball, in units of the weights (of $T$ if `adaptive`)
+    grads,          # the gradient $g$, a list of tensors; a common factor does not matter
+    rho,            # radius $\rho\ge0$, in units of weights; if `adaptive`, of `abs(w) + eta`
     params=None,    # the weights $w$ that belong to `grads`; needed for `adaptive` only
     p=2,            # norm of the ball, from 1 to `inf`
-    adaptive=False, # ASAM: measure the ball relative to $T=|w|+\eta$ (Kwon et al. 2021)
-    eta=0.01,       # $\eta\ge0$ in $T$: how far a weight that is exactly zero may still move
+    adaptive=False, # ASAM: measure the ball relative to `abs(w) + eta` (Kwon et al. 2021)
+    eta=0.01,       # $\eta\ge0$: how far a weight that is exactly zero may still move
     masks=None,     # 0/1 tensors, one per gradient: perturb only where 1 (Mi et al. 2022)
-    renorm=False,   # True: normalise the masked gradient, radius exactly `rho`; False: mask afterwards, as in the paper
+    renorm=False,   # normalise after masking, to length `rho`; False: before, as in the paper
 ):
-    "The perturbation `eps` of Foret et al. 2021, eq. (2), which goes furthest uphill: a list like `grads`, float32 or better"
+    "`eps`, furthest uphill (Foret et al. 2021, eq. (2)): like `grads`, at least float32"
     _check_ball(rho, p, eta)
-    if adaptive and params is None: raise ValueError('adaptive=True needs params, the weights that belong to grads')
-    for name, xs in (('params', params), ('masks', masks)):
-        if xs is not None and len(xs) != len(grads): raise ValueError(f'{name} has {len(xs)} tensors, grads has {len(grads)}')
-    T = [w.detach().abs() + eta for w in params] if adaptive else None
+    _check_pairs(grads, params, masks, adaptive)
+    scale = [w.detach().abs() + eta for w in params] if adaptive else None
     g = [g if g.dtype.itemsize >= 4 else g.float() for g in grads]
-    g = _times(g, T)
+    g = _times(g, scale)
     eps = _steepest(_times(g, masks) if renorm else g, rho, p)
-    return _times(_times(eps, masks), T)
+    return _times(_times(eps, masks), scale)
 
 # %% ../nbs/01_core.ipynb #ae50d158
 @contextmanager
@@ -124,15 +131,16 @@ def _clones(xs):
     with torch.no_grad(): _copy(copies, xs)
     return copies
 
-# %% ../nbs/01_core.ipynb #070b9ba9
+# %% ../nbs/01_core.ipynb #676081ba
 @contextmanager
 def perturbed(
-    params, # the weights $w$, a list of tensors (leaves are fine: autograd does not see the move)
-    eps,    # the perturbation, one tensor per weight; keep no other reference to it and its memory is free inside
+    params, # the weights $w$, a list of tensors (leaves are fine: autograd does not see it)
+    eps,    # one tensor per weight; keep no other reference and its memory is free inside
 ):
-    "Inside, `params` hold w + eps; afterwards, also after an exception, w again: bit for bit, in the same storage"
+    "Inside, `params` hold w + eps; afterwards, also after an exception, w again, bit for bit"
     params = list(params)
-    if len(params) != len(eps): raise ValueError(f'eps has {len(eps)} tensors, params has {len(params)}')
+    if len(params) != len(eps):
+        raise ValueError(f'eps has {len(eps)} tensors, params has {len(params)}')
     with _interrupt_waits():
         saved = _clones(params)
         try:
@@ -144,10 +152,10 @@ def perturbed(
             with torch.no_grad(): _copy(params, saved)
             torch.clear_autocast_cache()
 
-# %% ../nbs/01_core.ipynb #4c2e62bf
+# %% ../nbs/01_core.ipynb #46c58608
 @contextmanager
 def frozen_stats(model):
-    "Inside, `model` runs as usual; afterwards its buffers (running statistics, counters) are as they were. `None`: no buffers"
+    "Inside, `model` (or `None`) runs as usual; afterwards its buffers are as they were"
     found = [(m, name, b) for m in (model.modules() if model is not None else ())
              for name, b in m.named_buffers(recurse=False)]
     buffers = [b for _, _, b in found]
@@ -156,9 +164,9 @@ def frozen_stats(model):
     finally:
         with torch.no_grad(): _copy(buffers, saved)
         for m, name, b in found:
-            if getattr(m, name) is not b: setattr(m, name, b)   # a forward that rebinds a buffer instead of filling it
+            if getattr(m, name) is not b: setattr(m, name, b)   # the forward rebound it
 
-# %% ../nbs/01_core.ipynb #81231f20
+# %% ../nbs/01_core.ipynb #878ee7c0
 class same_rng:
     "Inside `with`, torch draws again what it drew since this object was made; afterwards the generators are as on entry"
     def __init__(self,
@@ -178,7 +186,7 @@ class same_rng:
         self._put(self.start)
     def __exit__(self, *error): self._put(self.end)
 
-# %% ../nbs/01_core.ipynb #74536830
+# %% ../nbs/01_core.ipynb #1c4e10f1
 class same_hidden:
     "Inside `with`, modules of `model` that have a `reset` method remember what they remembered when this object was made"
     def __init__(self,
@@ -220,30 +228,33 @@ def _trainable(params):
     if not any(w.requires_grad for w in params): raise ValueError(f'params: none of the {len(params)} tensors requires a gradient')
     return [w for w in dict.fromkeys(params) if w.requires_grad]
 
-# %% ../nbs/01_core.ipynb #15e997d4
+# %% ../nbs/01_core.ipynb #6c7a657e
+_ascent_takes = signature(ascent)    # looked up once: it takes a tenth of a millisecond
+
 def _uphill(loss, params, rho, **ascent_kwargs):
     "The perturbation of `params`; the gradient it is made of is forgotten at once, so that the second pass has room"
     grads = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
     return ascent(grads, rho, params, **ascent_kwargs)
 
-# %% ../nbs/01_core.ipynb #2915130f
+# %% ../nbs/01_core.ipynb #231fa5ef
 def two_pass(
-    closure,         # computes the loss of one batch, a scalar tensor; called twice. A list: equal shards, each its own perturbation
-    params,          # the weights to perturb, e.g. `model.parameters()`; every weight gets its gradient, perturbed or not
+    closure,         # computes the loss of a batch, a scalar; called twice. List: one per shard
+    params,          # the weights to perturb; every weight gets its gradient, perturbed or not
     rho=0.05,        # radius, as in `ascent`
-    model=None,      # the model behind `closure`: its buffers count the first pass only, its hidden state is kept
+    model=None,      # behind `closure`: its buffers count once, its hidden state is kept
     **ascent_kwargs, # `p`, `adaptive`, `eta`, `masks`, `renorm` of `ascent`
 ):
-    "Add the gradient at `w + eps` (Foret et al. 2021, eq. (3)) to `.grad` and return the clean loss at `w`, detached"
+    "Add the gradient at `w + eps` (Foret et al. 2021, eq. 3) to `.grad`; return the loss at w"
     _check_ball(rho, **ascent_kwargs)
-    signature(ascent).bind(None, rho, **ascent_kwargs)    # an unknown name is an error now, not after the first pass
-    params, shards = _trainable(params), closure if isinstance(closure, (list, tuple)) else [closure]
-    if not shards: raise ValueError('closure is an empty list: a batch needs at least one shard')
-    clean = 0.
+    _ascent_takes.bind(None, rho, **ascent_kwargs)       # an unknown name is an error now
+    shards = closure if isinstance(closure, (list, tuple)) else [closure]
+    if not shards: raise ValueError('closure is an empty list: a batch needs at least one')
+    params, at_w = _trainable(params), 0.
     for shard in shards:
         again, hidden = same_rng(params[0].device), same_hidden(model)
         loss = _graph(shard())
-        clean = clean + loss.detach() / len(shards)
-        with perturbed(params, _uphill(loss, params, rho, **ascent_kwargs)), frozen_stats(model), hidden, again:
+        at_w = at_w + loss.detach() / len(shards)
+        moved = perturbed(params, _uphill(loss, params, rho, **ascent_kwargs))
+        with moved, frozen_stats(model), hidden, again:
             (_graph(shard()) / len(shards)).backward()
-    return clean
+    return at_w

@@ -503,22 +503,23 @@ def cost_frame(
     df.attrs.update(seconds={k: list(v) for k, v in seconds.items()}, facts=facts, about=about)
     return df
 
-# %% ../nbs/10_cost.ipynb #7fffe02b
+# %% ../nbs/10_cost.ipynb #abe0f5ad
 def show_costs(
     df, # what `step_cost` gave
 ):
     """The table as text: ratio to SGD with quartiles and the 95 % interval of the median; time
-    over the two-pass floor; passes; work as a ratio; peak memory, and what it is above SGD's in
-    copies of the weights"""
-    over = ['' if r.backwards < 2 or 'floor' in r.method else f'{r.over_floor:+.1%}'
+    over the two-pass floor, for methods of two whole passes; passes; work as a ratio to SGD; peak
+    memory, and that as a ratio to SGD"""
+    over = ['' if r.work < 1.99 or 'floor' in r.method else f'{r.over_floor:+.1%}'
             for r in df.itertuples()]
+    memory = df.peak_mb / df.groupby('loop').peak_mb.transform('first')
     return pd.DataFrame({
         'method': df.method, 'ms': df.ms.map('{:.2f}'.format),
         'ratio': [f'{r.ratio:.3f} ({r.q1:.2f} to {r.q3:.2f})' for r in df.itertuples()],
         '95 %': [f'{r.low:.3f} to {r.high:.3f}' for r in df.itertuples()],
         'over floor': over, 'forwards': df.forwards.map('{:g}'.format),
         'backwards': df.backwards.map('{:g}'.format), 'work': df.work.map('{:.3f}'.format),
-        'MB': df.peak_mb.map('{:.2f}'.format), 'copies': df.copies.map('{:+.2f}'.format)})
+        'MB': df.peak_mb.map('{:.2f}'.format), 'memory': memory.map('{:.2f}'.format)})
 
 # %% ../nbs/10_cost.ipynb #b925c76f
 def paired_cost(

@@ -6,7 +6,7 @@
 __all__ = ['PACKAGES', 'NICKNAMES', 'redraw', 'Labelled', 'SeededDL', 'split', 'noisy', 'loaders', 'Digits', 'digits',
            'docstrings_in', 'source_files', 'naming', 'words_of', 'corpus', 'Docstrings', 'docstrings']
 
-# %% ../nbs/02_data.ipynb #7bbea540
+# %% ../nbs/02_data.ipynb #68fd3b5a
 import ast, importlib.util, random, re, warnings
 from collections import Counter
 from copy import copy
@@ -16,7 +16,7 @@ from numbers import Integral, Real
 from sklearn.datasets import load_digits
 from fastai.basics import *
 
-# %% ../nbs/02_data.ipynb #6c2e6195
+# %% ../nbs/02_data.ipynb #28c59b4b
 def _within(name, value, low, high=math.inf, kind=Integral):
     "Raise an error that names argument, value and range unless `value` is a number of this `kind` in `low`..`high`"
     span = f'from {low} up' if high == math.inf else f'from {low} to {high}'
@@ -24,12 +24,12 @@ def _within(name, value, low, high=math.inf, kind=Integral):
         raise TypeError(f'{name}={value!r} must be {"an int" if kind is Integral else "a number"} {span}')
     if not low <= value <= high: raise ValueError(f'{name}={value!r} is outside the allowed range, {span}')
 
-# %% ../nbs/02_data.ipynb #bf250646
+# %% ../nbs/02_data.ipynb #26c9393e
 def redraw(y, # Labels: LongTensor of shape (n,)
-           fraction, # Share `q` of the labels to draw anew, 0 to 1
+           fraction, # Share of the labels to draw anew, 0 to 1
            c, # Number of classes `C`
            seed=42): # Int from 0 up
-    "A copy of `y` in which `round(fraction * n)` labels are drawn uniformly over the `c` classes, eq. (1)"
+    "A copy of `y`, `round(fraction * n)` labels drawn anew over all `c` classes, eq. (1)"
     _within('fraction', fraction, 0, 1, Real)
     _within('c', c, 1)
     _within('seed', seed, 0)
@@ -38,7 +38,7 @@ def redraw(y, # Labels: LongTensor of shape (n,)
     y[chosen] = tensor(rng.integers(c, size=len(chosen)))
     return y
 
-# %% ../nbs/02_data.ipynb #eee8e4a0
+# %% ../nbs/02_data.ipynb #498ac6c4
 class Labelled:
     "Rows `x` with integer labels `y`; `clean` are the labels before any noise"
     n_inp, loss_func = 1, CrossEntropyLossFlat()
@@ -70,7 +70,7 @@ class Labelled:
         names = {k: [self.classes[i] for i in y] for k, y in zip(('label', 'prediction'), ys)}
         display_df(pd.DataFrame({**names, 'input': [str(self.decode_x(o))[:100] for o in x]}))
 
-# %% ../nbs/02_data.ipynb #50d1c151
+# %% ../nbs/02_data.ipynb #539addf5
 class SeededDL(TfmdDL):
     "A `TfmdDL` whose shuffles follow from `seed` alone"
     def __init__(self, dataset=None, # A `Labelled`
@@ -94,7 +94,7 @@ class SeededDL(TfmdDL):
 
     def show_results(self, b, out, max_n=9): self.dataset.show(*(o[:max_n] for o in (*b, out)))
 
-# %% ../nbs/02_data.ipynb #c7d0f2cc
+# %% ../nbs/02_data.ipynb #fbccad04
 def split(n, # Number of items
           valid_pct=0.2, # Share of validation items, between 0 and 1, rounded to whole items; or their number, an int
           seed=42): # Int from 0 up
@@ -108,7 +108,7 @@ def split(n, # Number of items
     i = tensor(np.random.default_rng([seed, 0]).permutation(n))
     return i[n_valid:], i[:n_valid]
 
-# %% ../nbs/02_data.ipynb #d034027a
+# %% ../nbs/02_data.ipynb #24fe12d8
 def noisy(dls, # `DataLoaders` from `digits`, `docstrings` or `loaders`
           fraction, # Share of the training labels to draw anew, 0 to 1
           seed=42): # Int from 0 up
@@ -144,7 +144,7 @@ def loaders(data, # A `Labelled`
                       device=default_device() if device is None else device)
     return noisy(dls, noise, seed) if noise else dls
 
-# %% ../nbs/02_data.ipynb #749ab325
+# %% ../nbs/02_data.ipynb #ce810b25
 class Digits(Labelled):
     "Grey 8x8 images; `encode` takes pixels from 0 to 16 to floats of mean 0 and standard deviation 1"
     mean, std = 0.3053, 0.3760
@@ -164,7 +164,7 @@ class Digits(Labelled):
             ax.axis('off')
         plt.show()
 
-# %% ../nbs/02_data.ipynb #40282995
+# %% ../nbs/02_data.ipynb #7e9de595
 def digits(bs=64, # Batch size, at most the number of training images; the last short training batch is dropped
            valid_pct=0.2, # Share of validation images, rounded to whole images; or their number, an int
            noise=0., # Share of the training labels to draw anew, 0 to 1
@@ -177,7 +177,7 @@ def digits(bs=64, # Batch size, at most the number of training images; the last 
     data = data.like(data.encode(raw.images), tensor(raw.target))
     return loaders(data, bs, valid_pct, noise, seed, num_workers, device)
 
-# %% ../nbs/02_data.ipynb #036fc601
+# %% ../nbs/02_data.ipynb #84ace533
 def docstrings_in(path): # A Python source file
     "Docstrings of a source file's functions and classes, then of the methods; none if it cannot be parsed"
     try:
@@ -205,19 +205,19 @@ def source_files(package): # Name of an installed package
     random.Random(0).shuffle(names)                                 # not only the first folders of the alphabet
     return [root/o for o in names]
 
-# %% ../nbs/02_data.ipynb #b7508fe8
+# %% ../nbs/02_data.ipynb #da03bf42
 def naming(packages): # Names of packages
     "A pattern found in every word that names one of the packages; a name of up to four letters must be the whole word"
     names = {w for p in (*packages, *NICKNAMES) for w in re.findall('[a-z]+', p.lower())}
     return re.compile('|'.join(sorted(w if len(w) > 4 else f'^{w}$' for w in names)))
 
-# %% ../nbs/02_data.ipynb #ea18e84c
+# %% ../nbs/02_data.ipynb #2c380b4f
 def words_of(text, # Any text
              hidden): # Pattern of the words to leave out, as from `naming`
     "The runs of the letters a to z in the lower-cased `text`"
     return [w for w in re.findall('[a-z]+', text.lower()) if not hidden.search(w)]
 
-# %% ../nbs/02_data.ipynb #9462e515
+# %% ../nbs/02_data.ipynb #d01d3a44
 @lru_cache
 def corpus(packages=PACKAGES, # Names of installed packages
            per_package=200): # At most so many texts of each
@@ -235,7 +235,7 @@ def corpus(packages=PACKAGES, # Names of installed packages
         if not t: raise ValueError(f'packages: the sources of {p!r} hold no docstring of eight words')
     return tuple((text, i) for i, t in enumerate(found) for text in t)
 
-# %% ../nbs/02_data.ipynb #1c3a8e28
+# %% ../nbs/02_data.ipynb #d4a5884c
 class Docstrings(Labelled):
     "Texts as rows of `seq_len` word numbers; 0 is padding, 1 a word outside `words`"
     def __init__(self, classes, # Names of the packages

@@ -12,15 +12,15 @@ from fastcore.basics import patch
 from torch import nn
 from .sharpness import Objective
 
-# %% ../nbs/07d_gauss_newton.ipynb #3ae5562c
+# %% ../nbs/07d_gauss_newton.ipynb #9f207ba4
 def _through(objective, z, middle):
     "The map $v \\mapsto J^\\top m(Jv)$: $J$ the Jacobian of the outputs `z`, $m$ is `middle`"
-    t = torch.zeros_like(z, requires_grad=True)
-    JT = objective._grad(z, grad_outputs=t, create_graph=True)
+    u = torch.zeros_like(z, requires_grad=True)
+    JT = objective._grad(z, grad_outputs=u, create_graph=True)
     used = [i for i, a in enumerate(JT) if a.requires_grad]
     def product(v):
         some, vs = [JT[i] for i in used], [v[i] for i in used]
-        Jv, = torch.autograd.grad(some, t, vs, retain_graph=True)
+        Jv, = torch.autograd.grad(some, u, vs, retain_graph=True)
         return objective._grad(z, grad_outputs=middle(Jv), retain_graph=True)
     return product
 
@@ -30,15 +30,15 @@ def _ggn_map(objective, z, yb):
     dz, curvature = _of_outputs(objective, z, yb)
     return _through(objective, z, curvature)
 
-# %% ../nbs/07d_gauss_newton.ipynb #8bc98fbb
+# %% ../nbs/07d_gauss_newton.ipynb #7f627c77
 def _of_outputs(objective, z, yb):
     "The gradient of the mean loss with respect to the outputs, and the product with its second derivative"
     if not torch.is_tensor(z): raise TypeError(f'the outputs must be one tensor, but they are a {type(z).__name__}')
     free = z.detach().requires_grad_()
     dz, = torch.autograd.grad(objective.loss_func(free, *yb), free, create_graph=True)
-    def curvature(t):
-        if not dz.requires_grad: return torch.zeros_like(t)          # a linear loss
-        return torch.autograd.grad(dz, free, t, retain_graph=True)[0]
+    def curvature(u):
+        if not dz.requires_grad: return torch.zeros_like(u)          # a linear loss
+        return torch.autograd.grad(dz, free, u, retain_graph=True)[0]
     return dz.detach(), curvature
 
 @patch
@@ -57,9 +57,9 @@ def ggn(self:Objective, v, eps=None):
     "The product $Gv$ of the Gauss-Newton matrix at the weights plus `eps`, for a list `v`"
     return self._mean_map(_ggn_map, v, eps)
 
-# %% ../nbs/07d_gauss_newton.ipynb #378b4a43
+# %% ../nbs/07d_gauss_newton.ipynb #6f1e0f51
 def _empirical_fisher_map(objective, z, yb):
-    "The map $v \\mapsto Ev$, eq. (3), for one batch with outputs `z` and targets `yb`"
+    "The map $v \\mapsto \\hat Fv$, (3), for one batch with outputs `z` and targets `yb`"
     dz, curvature = _of_outputs(objective, z, yb)
     n = _check_rows(objective, z, yb, curvature)
     def middle(Jv):
@@ -86,8 +86,8 @@ def _check_rows(objective, z, yb, curvature):
         raise ValueError('loss_func must be a mean over rows, but a row changes the gradient of another')
     return n
 
-# %% ../nbs/07d_gauss_newton.ipynb #c4eee8ac
+# %% ../nbs/07d_gauss_newton.ipynb #f6e858ee
 @patch
 def empirical_fisher(self:Objective, v, eps=None):
-    "The product $Ev$ of the empirical Fisher, (3), at the weights plus `eps`, for a list `v`"
+    r"The product $\hat Fv$ of the empirical Fisher (3) at the weights plus `eps`, `v` a list"
     return self._mean_map(_empirical_fisher_map, v, eps)

@@ -21,7 +21,7 @@ from .core import at_least
 from .gauss_newton import _empirical_fisher_map, _ggn_map
 from .sharpness import Objective, _bar, _checked, _count, _objective, _wide
 
-# %% ../nbs/07a_hessian.ipynb #a3cb7617
+# %% ../nbs/07a_hessian.ipynb #980a327a
 class Lanczos:
     "The recursion (2) for a symmetric `product`, step by step, with full reorthogonalisation"
     def __init__(self,
@@ -36,7 +36,8 @@ class Lanczos:
 
     def _append(self, q):
         if self.n == len(self.rows):
-            self.rows = torch.cat([self.rows, torch.empty_like(self.rows)])
+            old, self.rows = self.rows, self.rows.new_empty(self.n + 8, len(q))
+            self.rows[:self.n] = old
         self.rows[self.n] = q
         self.n += 1
 
@@ -63,13 +64,13 @@ class Lanczos:
     def full(self): return len(self.beta) == self.Q.shape[1]
 
     def ritz(self):
-        "Estimates, rising; their vectors in terms of `Q` (columns); and $||Hu-\\theta u||$"
-        theta, S = eigh_tridiagonal(np.array(self.alpha), np.array(self.beta[:-1]))
-        return theta, S, abs(self.beta[-1] * S[-1])
+        "Estimates, rising; their vectors in terms of `Q` (columns); their residuals"
+        found, C = eigh_tridiagonal(np.array(self.alpha), np.array(self.beta[:-1]))
+        return found, C, abs(self.beta[-1] * C[-1])
 
-    def vector(self, s): return torch.tensor(s).to(self.Q) @ self.Q[:len(s)]
+    def vector(self, c): return torch.tensor(c).to(self.Q) @ self.Q[:len(c)]
 
-# %% ../nbs/07a_hessian.ipynb #a369bce5
+# %% ../nbs/07a_hessian.ipynb #a7813c1c
 Eigen = namedtuple('Eigen', 'values errors vectors products')
 Eigen.__doc__ = "Eigenvalues, an error for each, vectors (lists like the params), products made"
 
@@ -79,10 +80,10 @@ def top_eigenvalues(
     k=1,             # how many, an int from 1 up
     which='largest', # 'largest', 'smallest' (the most negative), or 'both': `k` of each
     tol=1e-3,        # stop when the error of each is below this share of it
-    most=200,        # products at most; each keeps a copy of the weights
+    most=200,        # products at most; each keeps a copy of the weights, at times two
     kind='hessian',  # or 'ggn' (Gauss-Newton matrix) or 'empirical_fisher'
-    adaptive=False,  # of $DHD$ with $D=\operatorname{diag}(|w|+\eta)$, eq. (3); vectors too
-    eta=0.01,        # $\eta\ge0$ in $D$
+    adaptive=False,  # of $T_wHT_w$ with $T_w=\operatorname{diag}(|w|+\eta)$; vectors too
+    eta=0.01,        # $\eta\ge0$ in $T_w$
     progress=True,   # show a bar
     **kwargs
 ):
@@ -90,19 +91,19 @@ def top_eigenvalues(
     objective = _objective(of, **kwargs)
     _check_count(k, which, most, objective)
     with _product(objective, kind, adaptive, eta) as product:
-        L = Lanczos(product, _as_weights(_normal, objective))
+        run = Lanczos(product, _as_weights(_normal, objective))
         for j in _bar(range(most), progress):
-            L.step()
-            theta, S, r = L.ritz()
-            i = _ends(len(theta), k, which)
-            errors = _errors(theta, r)[i]
-            enough = len(theta) >= k * (1 + (which == 'both'))
-            if L.full or enough and (errors <= tol * _size(theta, i)).all(): break
+            run.step()
+            found, C, residual = run.ritz()
+            i = _ends(len(found), k, which)
+            errors = _errors(found, residual)[i]
+            enough = len(found) >= k * (1 + (which == 'both'))
+            if run.full or enough and (errors <= tol * _size(found, i)).all(): break
         else: warnings.warn(f'errors are above {tol} of the eigenvalues after {most} products')
-    vectors = [_like(L.vector(S[:, c]), objective.params) for c in i]
-    return Eigen(theta[i], errors, vectors, j + 1)
+    vectors = [_like(run.vector(C[:, c]), objective.params) for c in i]
+    return Eigen(found[i], errors, vectors, j + 1)
 
-# %% ../nbs/07a_hessian.ipynb #e5faff79
+# %% ../nbs/07a_hessian.ipynb #d75dadcb
 def _check_count(k, which, most, objective):
     n = sum(w.numel() for w in objective.params)
     at_least('k', k, 1, whole=True), at_least('most', most, 1, whole=True)
@@ -115,13 +116,13 @@ def _ends(n, k, which):
     top, bottom = list(range(n - 1, max(n - 1 - k, -1), -1)), list(range(min(k, n) - 1, -1, -1))
     return {'largest': top, 'smallest': bottom, 'both': top + bottom}[which]
 
-def _errors(theta, r):
+def _errors(found, residual):
     "The residual, or its square over the distance to the next estimate if that is less"
-    between = np.concatenate([[np.inf], np.diff(theta), [np.inf]])
-    gap = np.minimum(between[1:], between[:-1]) if len(theta) > 1 else r
-    return np.minimum(r, r**2 / np.maximum(gap, np.finfo(float).tiny))
+    between = np.concatenate([[np.inf], np.diff(found), [np.inf]])
+    gap = np.minimum(between[1:], between[:-1]) if len(found) > 1 else residual
+    return np.minimum(residual, residual**2 / np.maximum(gap, np.finfo(float).tiny))
 
-def _size(theta, i): return np.maximum(abs(theta[i]), .01 * abs(theta).max())    # for one that is nearly zero
+def _size(found, i): return np.maximum(abs(found[i]), .01 * abs(found).max())    # for one that is nearly zero
 
 def _flat(ts): return torch.cat([t.detach().flatten() for t in ts])
 def _like(v, params):
@@ -135,7 +136,7 @@ def _as_weights(draw, objective, k=0):
     w = _flat(objective.params)
     return draw(len(w), objective.seed + 1000 * k).to(w.device, torch.promote_types(w.dtype, torch.float32))
 
-# %% ../nbs/07a_hessian.ipynb #bd67240e
+# %% ../nbs/07a_hessian.ipynb #52b16411
 def _hessian_map(objective, loss):
     g = objective._grad(loss, create_graph=True)
     return lambda v: objective._derivative(g, v, retain_graph=True)
@@ -160,14 +161,14 @@ def _linear(objective, kind):
 
 @contextmanager
 def _product(objective, kind='hessian', adaptive=False, eta=.01):
-    "The product as a function of flat vectors, eq. (3) if `adaptive`"
+    "The product as a function of flat vectors, with $T_w$ on both sides if `adaptive`"
     if kind not in _kinds: raise ValueError(f"kind={kind!r} must be {', '.join(map(repr, _kinds))}")
     at_least('eta', eta, 0)
-    D = _flat(map(_wide, objective.params)).abs() + eta if adaptive else 1
+    scale = _flat(map(_wide, objective.params)).abs() + eta if adaptive else 1
     with _linear(objective, kind) as product:
-        yield lambda v: D * _flat(map(_wide, product(_like(D * v, objective.params))))
+        yield lambda v: scale * _flat(map(_wide, product(_like(scale * v, objective.params))))
 
-# %% ../nbs/07a_hessian.ipynb #c52d3b1c
+# %% ../nbs/07a_hessian.ipynb #665fe1ac
 Trace = namedtuple('Trace', 'value error products')
 Trace.__doc__ = "An estimate, its standard error, and how many products were made"
 
@@ -177,8 +178,8 @@ def hessian_trace(
     tol=0.05,       # stop when the standard error is below this share; not before ten products
     most=100,       # products at most, an int from 2 up
     kind='hessian', # or 'ggn', 'empirical_fisher'
-    adaptive=False, # of $DHD$, eq. (3)
-    eta=0.01,       # $\eta\ge0$ in $D$
+    adaptive=False, # of $T_wHT_w$ with $T_w=\operatorname{diag}(|w|+\eta)$
+    eta=0.01,       # $\eta\ge0$ in $T_w$
     progress=True,  # show a bar
     **kwargs
 ):
@@ -187,8 +188,8 @@ def hessian_trace(
     at_least('most', most, 2, whole=True), at_least('tol', tol, 0)
     with _product(objective, kind, adaptive, eta) as product:
         for k in _bar(range(most), progress):
-            z = _as_weights(_signs, objective, k)
-            found.append((z @ product(z)).item())
+            v = _as_weights(_signs, objective, k)
+            found.append((v @ product(v)).item())
             if k >= 9 and stats.sem(found) <= tol * abs(np.mean(found)): break
     return Trace(float(np.mean(found)), float(stats.sem(found)), len(found))
 
@@ -232,15 +233,15 @@ def _sem(each):
     "Standard error of the mean along the last dimension"
     return stats.sem(each, axis=-1) if each.shape[-1] > 1 else np.full(each.shape[:-1], np.nan)[()]
 
-# %% ../nbs/07a_hessian.ipynb #fc0163fe
+# %% ../nbs/07a_hessian.ipynb #a719de79
 @delegates(Objective)
 def hessian_spectrum(
     of,             # Learner, (Learner, batches), (model, loss_func, batches) or `Objective`
     starts=4,       # random vectors, an int from 1 up; from 2 up there is a standard error
     steps=40,       # products for each, an int from 1 up
     kind='hessian', # or 'ggn', 'empirical_fisher'
-    adaptive=False, # of $DHD$, eq. (3)
-    eta=0.01,       # $\eta\ge0$ in $D$
+    adaptive=False, # of $T_wHT_w$ with $T_w=\operatorname{diag}(|w|+\eta)$
+    eta=0.01,       # $\eta\ge0$ in $T_w$
     progress=True,  # show a bar
     **kwargs
 ):
@@ -250,8 +251,8 @@ def hessian_spectrum(
     n = sum(w.numel() for w in objective.params)
     with _product(objective, kind, adaptive, eta) as product:
         for k in _bar(range(starts), progress):
-            L = Lanczos(product, _as_weights(_normal, objective, k))
-            for _ in range(min(steps, n)): L.step()
-            theta, S, _ = L.ritz()
-            nodes.append(theta), weights.append(S[0]**2 / starts)
+            run = Lanczos(product, _as_weights(_normal, objective, k))
+            for _ in range(min(steps, n)): run.step()
+            found, C, _ = run.ritz()
+            nodes.append(found), weights.append(C[0]**2 / starts)
     return Spectrum(np.concatenate(nodes), np.concatenate(weights), n, starts)

@@ -6,7 +6,7 @@
 __all__ = ['method_colors', 'figure_style', 'Bowl', 'TwoMinima', 'gradient', 'contours', 'show_path', 'descend', 'Frames',
            'static_only']
 
-# %% ../nbs/00_landscape.ipynb #4075a674
+# %% ../nbs/00_landscape.ipynb #5abd3473
 import math
 import re
 from base64 import b64encode
@@ -15,7 +15,7 @@ from io import BytesIO
 from numbers import Real
 import torch
 
-# %% ../nbs/00_landscape.ipynb #9f5c61b5
+# %% ../nbs/00_landscape.ipynb #ca3ce498
 method_colors = {'SGD': '#d97d03', 'SAM': '#8f01fb', 'mSAM': '#1a89b9',
                  'SSAM': '#727c3e', 'SAF': '#a4546f', 'MESA': '#8379f9'}
 
@@ -42,35 +42,37 @@ def _number(name, value, low=0., strict=False):
         raise ValueError(f'{name} must be a finite number {">" if strict else ">="} {low:g}, got {value!r}')
     return float(value)
 
-# %% ../nbs/00_landscape.ipynb #516413c6
+# %% ../nbs/00_landscape.ipynb #0dc450e1
 class Bowl:
-    "The loss `L(w) = 1/2 (w-c)' diag(lam) (w-c)` of points `w`, shape `(..., 2)`; minimum `c`, Hessian `diag(lam)`."
+    "The loss `1/2 (w-c)' diag(lam) (w-c)` of points `w`, shape `(..., 2)`, with minimum `c`"
     def __init__(self,
         lam=(10., 1.),  # the two curvatures, both > 0
         c=(0., 0.)      # where the minimum lies
     ):
-        self.lam = torch.tensor([_number('lam', x, strict=True) for x in lam], dtype=torch.float64)
-        self.c = torch.tensor([_number('c', x, low=-math.inf) for x in c], dtype=torch.float64)
+        lam = [_number('lam', x, strict=True) for x in lam]
+        c = [_number('c', x, low=-math.inf) for x in c]
+        self.lam, self.c = (torch.tensor(v, dtype=torch.float64) for v in (lam, c))
         for name, v in (('lam', self.lam), ('c', self.c)):
             if len(v) != 2: raise ValueError(f'{name} must hold two numbers, got {len(v)}')
     def __call__(self, w): return (self.lam * (w - self.c) ** 2).sum(-1) / 2
 
-# %% ../nbs/00_landscape.ipynb #ea7984ea
+# %% ../nbs/00_landscape.ipynb #e9ac4903
 class TwoMinima:
-    "A valley, equation (1), with a sharp minimum at (-1, 0) and a flat one at (1, 0), both of height 0."
+    "A valley, eq. (1): a sharp minimum at (-1, 0) and a flat one at (1, 0), both of height 0"
     def __init__(self,
         sharp=25.,  # curvature across the valley at the sharp minimum, > 0
         flat=1.,    # curvature across the valley at the flat minimum, > 0
         lip=1/16    # height of the lip between the two, > 0
     ):
-        self.sharp, self.flat = _number('sharp', sharp, strict=True), _number('flat', flat, strict=True)
+        self.sharp = _number('sharp', sharp, strict=True)
+        self.flat = _number('flat', flat, strict=True)
         self.lip = _number('lip', lip, strict=True)
         self.minima = torch.tensor([[-1., 0.], [1., 0.]], dtype=torch.float64)
-    def floor(self, s): return self.lip * (s**2 - 1)**2
-    def walls(self, s): return self.sharp**((1 - s) / 2) * self.flat**((1 + s) / 2)
+    def floor(self, w1): return self.lip * (w1**2 - 1)**2
+    def walls(self, w1): return self.sharp**((1 - w1) / 2) * self.flat**((1 + w1) / 2)
     def __call__(self, w):
-        s, x = w.unbind(-1)
-        return self.floor(s) + self.walls(s) * x**2 / 2
+        w1, w2 = w.unbind(-1)
+        return self.floor(w1) + self.walls(w1) * w2**2 / 2
 
 # %% ../nbs/00_landscape.ipynb #57cf92e0
 def gradient(loss, w):
@@ -118,21 +120,22 @@ def show_path(path,
     ax.plot(x[-1], y[-1], 'o', color=color, ms=8)
     return ax
 
-# %% ../nbs/00_landscape.ipynb #465a98e1
+# %% ../nbs/00_landscape.ipynb #fe6cfb87
 def descend(loss,    # any function of points of shape (..., 2)
-    w0,              # start, shape (2,), or many starts at once, shape (..., 2)
+    w0,              # start, shape (2,), or many at once, shape (..., 2)
     lr=.04,          # step size, > 0
-    rho=0.,          # how far to look uphill, >= 0: one number, or a tensor of shape (..., 1); 0 is gradient descent
+    rho=0.,          # how far to look uphill, >= 0; or a tensor of shape (..., 1)
     steps=100        # number of steps, >= 0
 ):
-    "Walk down `loss` by gradient descent or, with `rho > 0`, by SAM. Returns the path, shape `(steps+1, ..., 2)`."
+    "A walk by gradient descent or, if `rho > 0`, by SAM: points, shape `(steps+1, ..., 2)`"
     lr, steps = _number('lr', lr, strict=True), int(_number('steps', steps))
-    for r in rho.flatten().tolist() if isinstance(rho, torch.Tensor) else [rho]: _number('rho', r)
+    radii = rho.flatten().tolist() if isinstance(rho, torch.Tensor) else [rho]
+    for r in radii: _number('rho', r)
     w = torch.as_tensor(w0, dtype=torch.float64)
     path = [w]
     for _ in range(steps):
         g = gradient(loss, w)
-        eps = rho * g / g.norm(dim=-1, keepdim=True).clamp_min(1e-300)   # where g is zero, so is eps
+        eps = rho * g / g.norm(dim=-1, keepdim=True).clamp_min(1e-300)   # no slope, no eps
         w = w - lr * gradient(loss, w + eps)
         path.append(w)
     return torch.stack(path)

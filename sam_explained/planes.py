@@ -69,18 +69,20 @@ def turn_slices(
     views, labels = (_surfaces(slices, top, a) for a in angles), [f'{a + 60}°' for a in angles]
     return Frames(views, labels, name='turned by', alt=alt)
 
-# %% ../nbs/07e_planes.ipynb #4d405271
+# %% ../nbs/07e_planes.ipynb #519ce6fb
 Through = namedtuple('Through', 'directions points center radius')
 Through.__doc__ = ("Directions at right angles, of length 1; the coordinates of all models, "
                    "`of` first; a square that holds them")
 
 @delegates(Objective)
 def plane_through(
-    of,      # Learner, (Learner, batches), (model, loss_func, batches) or `Objective`: the origin
+    of,      # Learner, (Learner, batches), (model, loss_func, batches) or `Objective`: origin
     others,  # two for a plane, one for a line: models of that kind, or lists like the weights
     **kwargs
 ):
-    "The plane (for one other, the line) through `of` and `others`, eq. (2), as a `Through`"
+    """The plane (for one other, the line) through `of` and `others`, eq. (2), as a `Through`
+
+    It moves weights only: with batch norm take `batch_stats=True`, or others' loss is wrong."""
     objective = _objective(of, **kwargs)
     if len(others) not in (1, 2):
         raise ValueError(f'others must be one or two, got {len(others)}')
@@ -116,12 +118,12 @@ def _upright(move, directions, k):
         raise ValueError(f'others: number {k + 1} lies on the same line as those before')
     return Direction([x / length for x in rest], f'distance along direction {k + 1}', 'unit')
 
-# %% ../nbs/07e_planes.ipynb #36066818
+# %% ../nbs/07e_planes.ipynb #6aaf4002
 @delegates(Objective)
 def slice_explorer(
     of,              # Learner, (Learner, batches), (model, loss_func, batches) or `Objective`
     directions=None, # a dict name -> `Direction`; None: four random ones and two eigenvectors
-    radius=1.,       # to begin with; the slider goes from a hundredth to ten times as far
+    radius=1.,       # half the side to begin with; the slider: a hundredth to ten times as far
     n=15,            # points per side to begin with, 5 to 41
     top=None,        # highest loss to show; None: all
     progress=True,   # show a bar while a picture is made

@@ -44,7 +44,7 @@ class SAM(Callback):
     def __init__(self,
         rho=0.05,       # radius $\rho\ge0$, a length of weights; or a function of `pct_train`
         p=2,            # norm of the ball, from 1 to `inf`
-        adaptive=False, # ASAM: measure the ball relative to $|w|+\eta$; wants a larger `rho`
+        adaptive=False, # ASAM: measure the ball relative to `abs(w) + eta`; wants a larger `rho`
         eta=0.01,       # $\eta\ge0$ of ASAM
         params=None,    # what to perturb: None (all), parameters, or a function model -> them
         same_rng=True,  # draw the same dropout masks in both passes

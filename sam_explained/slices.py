@@ -71,14 +71,14 @@ def random_direction(
                          'which move with vectors=True')
     return Direction(d if norm == 'filter' else [x / length for x in d], f'random {seed}', norm)
 
-# %% ../nbs/07b_slices.ipynb #314d46d0
+# %% ../nbs/07b_slices.ipynb #5efe8943
 @dataclass
 class Slice:
     "The loss along a line or over a plane, eq. (1), with all that a picture of it has to say"
     coords: list   # one array of `n` coordinates per direction
     loss: object   # mean loss, (n,) or (n, n): `loss[i, j]` is at `coords[0][i], coords[1][j]`
     metric: object # mean of the metric in the same shape, or None
-    radius: float  # half the side, in units of the directions
+    radius: float  # half the side, in units of the directions (no relation to rho)
     center: tuple  # coordinates of the middle; zeros: the weights of the model
     names: tuple   # of the directions
     norms: tuple   # how they were scaled
@@ -100,12 +100,12 @@ class Slice:
         low, high = self.loss.min(), self.loss.max()
         return f'Slice of the loss, {low:.4g} to {high:.4g}: {self.caption}'
 
-# %% ../nbs/07b_slices.ipynb #07c78403
+# %% ../nbs/07b_slices.ipynb #6de49d60
 @delegates(Objective)
 def slice_1d(
     of,            # Learner, (Learner, batches), (model, loss_func, batches) or `Objective`
     direction,     # a `Direction`, or a list of tensors like the weights
-    radius=1.,     # how far to go to either side, above 0, in units of `direction`
+    radius=1.,     # how far to go to either side, above 0, in units of `direction` (not rho)
     n=51,          # number of points, an int from 2 up; an odd number has one in the middle
     center=0.,     # coordinate of the middle; 0: the weights
     metric=None,   # also the mean of this function of outputs and targets, e.g. `accuracy`
@@ -117,12 +117,12 @@ def slice_1d(
     objective = _objective(of, **kwargs)
     return _slice(objective, [direction], radius, n, (center,), metric, vmap, progress)
 
-# %% ../nbs/07b_slices.ipynb #930da1dd
+# %% ../nbs/07b_slices.ipynb #1760c7b3
 @delegates(Objective)
 def slice_2d(
     of,              # Learner, (Learner, batches), (model, loss_func, batches) or `Objective`
     directions,      # two, each a `Direction` or a list of tensors like the weights
-    radius=1.,       # half the side of the square, above 0, in units of the directions
+    radius=1.,       # half the side, above 0, in units of the directions (no relation to rho)
     n=25,            # points per side, an int from 2 up; an odd number has one in the middle
     center=(0., 0.), # coordinates of the middle; zeros: the weights
     metric=None,     # also the mean of this function of outputs and targets, e.g. `accuracy`
@@ -171,8 +171,8 @@ def _named(slices):
         if len(set(found.values())) > 1: raise ValueError(f'slices to compare must have the same {what}, not {found}')
     return slices
 
-# %% ../nbs/07b_slices.ipynb #a0e6625c
-_ink, _dashes, _hues = '#7a7a7a', ['-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1))], ['#8a8a8a', '#4d7ea8', '#b08d2e']
+# %% ../nbs/07b_slices.ipynb #ffc24fcc
+_ink, _dashes, _hues = '#7a7a7a', ['-', '--', '-.', ':', (0, (5, 1, 1, 1, 1, 1))], ['#4d4d4d', '#7a7a7a', '#a9a9a9']
 
 def _color(label, k):
     "That of a method, or a quiet one that belongs to no method"

@@ -99,7 +99,7 @@ def _visit_at_once(objective, directions, points, block, metric):
         total = total + n * torch.stack([losses, more], -1).double()
     return total.tolist()
 
-# %% ../nbs/07f_walk.ipynb #f64080a4
+# %% ../nbs/07f_walk.ipynb #6c48e050
 def _road(objective, directions, points, block, metric, vmap, pure):
     "Who visits, and how many points at a time"
     hooks = any(m._forward_hooks or m._forward_pre_hooks for m in objective.model.modules())
@@ -115,12 +115,12 @@ def _small(objective, block):
     return weights * max(n, 32) <= 2**20 and _bytes(xb) <= 2**16
 
 def _agree(objective, directions, points, block, metric):
-    "Do both roads give the same at `points`?"
+    "Do both ways give the same at `points`?"
     eps = torch.finfo(objective.params[0].dtype).eps
     one_by_one = _visit(objective, directions, points, block, metric)
     try:
         with _no_slow_vmap(): at_once = _visit_at_once(objective, directions, points, block, metric)
-    except Exception: return False          # whatever it is: the plain road does not need it
+    except Exception: return False          # whatever it is: one after the other does not need it
     return eps < 1e-6 and np.allclose(at_once, one_by_one, rtol=eps**.75, atol=0)
 
 @contextmanager
@@ -172,7 +172,7 @@ def _fitting_points(points, n):
         for c in p: at_least('points: coordinate', c, -math.inf)
     return [tuple(map(float, p)) for p in points]
 
-# %% ../nbs/07f_walk.ipynb #839a239c
+# %% ../nbs/07f_walk.ipynb #4437953b
 Losses = namedtuple('Losses', 'loss metric rows')
 Losses.__doc__ = "Mean loss and metric (or None) at each point: arrays; how many rows"
 
@@ -182,7 +182,7 @@ def losses_at(
     directions,    # one or more, each a list of tensors like the weights
     points,        # for each point its coordinates, one per direction; zeros: the weights
     metric=None,   # also the mean of this function of outputs and targets, e.g. `accuracy`
-    vmap=None,     # 50 points at once? None: if the model is small and both roads agree
+    vmap=None,     # 50 points at once? None: if the model is small and both ways agree
     progress=True, # show a bar
     **kwargs
 ):

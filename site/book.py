@@ -1,8 +1,8 @@
 "What the site must know of the book: settings.ini, _quarto.yml and nbs/sidebar.yml, read once for everybody."
-import re
+import functools, re
 from configparser import ConfigParser
 from pathlib import Path
-import yaml
+import nbformat, yaml
 
 root = Path(__file__).resolve().parent.parent
 nbs, proc, docs, source = root/'nbs', root/'_proc', root/'_docs', root/'build/site'
@@ -25,11 +25,30 @@ def page(notebook):
     return re.sub(r'^\d+[a-zA-Z0-9]*_', '', Path(notebook).stem.lower())
 
 
+def present():
+    "The notebooks of the sidebar that have been written."
+    return [o for _, notebooks in sections() for o in notebooks if (nbs/o).exists()]
+
+
 def links(notebook):
-    "The notebook on GitHub and in Colab."
-    path = f"blob/{settings['branch']}/{settings['nbs_path']}/{notebook}"
-    return (f"{settings['git_url']}/{path}",
-            f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/{path}")
+    "The notebook on GitHub, in Colab, and open for a change on GitHub."
+    path = f"{settings['branch']}/{settings['nbs_path']}/{notebook}"
+    return (f"{settings['git_url']}/blob/{path}",
+            f"https://colab.research.google.com/github/{settings['user']}/{settings['repo']}/blob/{path}",
+            f"{settings['git_url']}/edit/{path}")
+
+
+def plain(markdown):
+    "A paragraph without its marks: for descriptions and alternative texts."
+    return re.sub(r'[`*$\\]|\[(.+?)\]\(.+?\)', r'\1', markdown.strip()).replace('\n', ' ')
+
+
+@functools.cache
+def heading(notebook):
+    "Title and sentence of a notebook's title cell, as plain text."
+    cell = next(o for o in nbformat.read(nbs/notebook, 4).cells if o.cell_type == 'markdown')
+    title, _, sentence = cell.source.partition('\n')
+    return plain(title.lstrip('# ')), plain(re.sub('^> ?', '', sentence.strip(), flags=re.M))
 
 
 def relink(markdown, base=''):

@@ -2,11 +2,13 @@
 import sys
 from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
-from book import nbs, settings, website
+from around import menu, meta, rooms
+from book import host, nbs, settings, website
+from find import Anchors, Names
 
 project = website['title']
 author, copyright, language = settings['author'], settings['copyright'], 'en'
-extensions = ['myst_nb', 'sphinx.ext.mathjax']
+extensions = ['myst_nb', 'sphinx.ext.mathjax', 'sphinx_copybutton']
 exclude_patterns = []
 suppress_warnings = ['myst.header', 'mystnb.unknown_mime_type']
 
@@ -19,8 +21,10 @@ myst_update_mathjax = False
 
 html_theme = 'furo'
 html_title = project
-html_favicon = str(nbs/'favicon.svg')
+html_favicon, html_baseurl = str(nbs/'favicon.svg'), host
+html_search_scorer = str(Path(__file__).parent/'scorer.js')
 html_static_path = ['_static', str(nbs/'styles.css')]
+html_js_files = [('book.js', {'defer': 'defer'})]
 templates_path = ['_templates']
 html_css_files = ['styles.css', 'book.css']
 html_show_sourcelink = html_copy_source = html_show_sphinx = False
@@ -29,6 +33,8 @@ pygments_style, pygments_dark_style = 'ink.Paper', 'ink.Night'
 html_theme_options = {'top_of_page_buttons': [], 'footer_icons': [
     {'name': o['text'], 'url': o['href'], 'html': o['text'], 'class': ''} for o in website['navbar']['right']]}
 html_context = {'description': website['description']}
+
+copybutton_selector = 'article .highlight:not(.cell_output *) > pre'
 
 # MathJax from local files. One web font, so that a formula looks the same on every machine.
 mathjax_path = 'mathjax/MathJax.js'
@@ -50,4 +56,8 @@ def as_written(app, doctree):
         node.replace_self(nodes.math_block(tex, tex, **{'no-wrap': True, 'number': None}))
 
 
-def setup(app): app.connect('doctree-read', as_written)
+def setup(app):
+    app.add_domain(Names)
+    app.add_transform(Anchors)
+    app.connect('doctree-read', as_written)
+    for part in (meta, menu, rooms): app.connect('html-page-context', part, priority=900)    # after the theme's

@@ -140,7 +140,7 @@ def choosing(setting):
     "Seeds, step sizes and radii to choose from: those of the protocol, or what was added for this setting"
     protocol, (first, last) = PLAN['protocol'], PLAN['protocol']['choose']['seeds']
     found = {'seeds': [first, last], 'lr': protocol['lr'][PLAN['settings'][setting]['lr']], 'rho': protocol['rho'], 'lam': protocol['lam']}
-    for a in PLAN['added']: found |= a['choose'].get(setting, {})
+    for a in PLAN['added']: found |= a.get('choose', {}).get(setting, {})
     first, last = found['seeds']
     return found | {'seeds': range(first, last + 1)}
 
@@ -226,7 +226,8 @@ def wanted(setting):
     told = [name for c in PLAN['claims'] if setting in c['settings'] for name in c.get('compare', [])]
     named = {n.strip().removeprefix('best of ') for t in told for n in (t.split(';') if ';' in t else [t] if t in PLAN['methods'] else t.split(', '))}
     if unknown := named - set(PLAN['methods']): raise ValueError(f'plan.yml compares {unknown}, which is no method')
-    return [m for m in PLAN['methods'] if m in named | {'SGD', 'SAM'}]
+    unfit = {m for a in PLAN['added'] for m in a.get('leave_out', {}).get(setting, [])}
+    return [m for m in PLAN['methods'] if m in (named | {'SGD', 'SAM'}) - unfit]
 
 
 def journal(name):
@@ -236,7 +237,9 @@ def journal(name):
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30
     told = {'command': ' '.join(['python', *map(os.path.relpath, sys.argv[:1]), *sys.argv[1:]]), **about, 'cores': os.cpu_count(),
             'GiB': round(memory), 'python': platform.python_version(), 'date': time.strftime('%Y-%m-%d')}
-    with open(HERE/'results'/'commands.jsonl', 'a') as f: f.write(json.dumps(told) + '\n')
+    commands, line = HERE/'results'/'commands.jsonl', json.dumps(told) + '\n'
+    if not commands.exists() or line not in commands.read_text():
+        with open(commands, 'a') as f: f.write(line)
     return found
 
 
