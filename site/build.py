@@ -1,7 +1,7 @@
 """Build the site from the notebooks: nbdev processes them, this file turns the result into what myst-nb reads, and
 Sphinx makes the pages. Nothing is executed but imports and exported cells, and unchanged pages are left alone.
 """
-import argparse, ast, importlib.util, io, os, re, shutil, subprocess, sys, time, tokenize
+import argparse, ast, functools, importlib.util, io, os, re, shutil, subprocess, sys, time, tokenize
 from contextlib import contextmanager
 from html import escape
 import nbformat, yaml
@@ -32,10 +32,18 @@ def arguments(signature):
     return rows, returned[2]
 
 
-def inherited(text, rows):
-    "What a class of the book hands on to another: that one, as a link, and those arguments. `text` is the source."
+@functools.cache
+def classes(module):
+    "The classes of a module of the package, as they are written."
+    text = (root/settings['lib_path']/module).read_text(encoding='utf-8')
+    return {o.name: o for o in ast.parse(text).body if isinstance(o, ast.ClassDef)}
+
+
+def inherited(name, src, rows):
+    "What a class of the book hands on to another: that one, as a link, and those arguments. `src` is the link to its source."
     from nbdev.doclinks import NbdevLookup
-    new = next((o for o in ast.parse(text).body if isinstance(o, ast.ClassDef)), None) if 'class ' in text else None
+    module = re.search(r'(\w+\.py)#L', src or '')
+    new = classes(module[1]).get(name) if module else None
     parent = next((o.id for o in new.bases if isinstance(o, ast.Name)), '') if new else ''
     address = parent and NbdevLookup().doc(parent)
     init = next((o.args for o in new.body if getattr(o, 'name', '') == '__init__'), None) if address else None
@@ -44,14 +52,14 @@ def inherited(text, rows):
     return f'[`{parent}`]({address})', [row[0] for row in rows if row[0] not in own]
 
 
-def api(entry, text=''):
+def api(entry):
     """nbdev's `show_doc` output as Markdown: a heading one can link to, the signature, the docstring, the arguments.
-    `text` is the source: what a subclass hands on to its parent is explained there."""
+    What a subclass hands on to its parent is explained there."""
     name, src, (rows, returned) = entry['name'], entry['src'], arguments(entry['sig'])
     call = ', '.join(arg + (f'={default}' if default else '') for arg, default, _ in rows)
     doc = re.sub(r'\A\*(.*?)\*(?=\n|\Z)', r'\1', entry['doc'].strip())     # nbdev puts the first line in italics
     more = f'<a class="api-source" href="{escape(src)}">source</a>' if src else ''
-    parent, theirs = inherited(text, rows)
+    parent, theirs = inherited(name, src, rows)
     if theirs: doc += f"\n\nThe arguments {', '.join(f'`{o}`' for o in theirs)} are those of {parent}."
     table = ['| Argument | Default | Meaning |', '|---|---|---|']
     for arg, default, comment in [o for o in rows if o[0] not in theirs] + [['returns', '', returned]] * bool(returned):
@@ -98,12 +106,12 @@ def fold(title, text, most=12):
     return f'<details class="exported"{opened}>\n<summary>{title}</summary>\n\n```python\n{text}\n```\n\n</details>'
 
 
-def code(cell, before, after=''):
-    "A code cell with its `#| key: value` lines obeyed and removed. `before` is the prose above it, `after` the code below."
+def code(cell, before):
+    "A code cell with its `#| key: value` lines obeyed and removed. `before` is the prose above it."
     options = {key: value.strip('"\'') for key, value in option.findall(cell.source)}
     text, outputs = option.sub('', cell.source).strip(), [output(o) for o in cell.outputs]
     entries = [doc_entry.match(o.get('data', {}).get('text/markdown', '')) for o in outputs]
-    if text.startswith('show_doc('): return [markdown(api(entry, after)) for entry in entries if entry]
+    if text.startswith('show_doc('): return [markdown(api(entry)) for entry in entries if entry]
     if 'code-summary' in options and not outputs: return [markdown(fold(options['code-summary'], text))]
     if options.get('include') == 'false': return []
     parts = {'echo': 'input', 'output': 'output'}
@@ -117,10 +125,9 @@ def code(cell, before, after=''):
 def adapt(notebook):
     "A processed notebook as myst-nb reads it."
     old, cells, before = nbformat.read(proc/notebook, 4), [], ''
-    below = [option.sub('', o.source) if 'code-summary' in o.source else '' for o in old.cells[1:]] + ['']
-    for cell, after in zip(old.cells, below):
+    for cell in old.cells:
         if cell.cell_type == 'raw': cells.append(title(cell.source, notebook))
-        elif cell.cell_type == 'code': cells += code(cell, before, after)
+        elif cell.cell_type == 'code': cells += code(cell, before)
         elif not cell.source.startswith('<!-- WARNING'): cells.append(markdown(before := cell.source))
     if page(notebook) == 'index': cells.append(contents())
     for i, cell in enumerate(cells): cell.id = f'c{i}'

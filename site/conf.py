@@ -56,8 +56,17 @@ def as_written(app, doctree):
         node.replace_self(nodes.math_block(tex, tex, **{'no-wrap': True, 'number': None}))
 
 
+def style_first(app):
+    "myst-nb copies its style sheet when all pages are written, and they name its checksum: here it is there before them."
+    from myst_nb.sphinx_ext import add_global_html_resources
+    if app.builder.format != 'html': return
+    (Path(app.outdir)/'_static').mkdir(parents=True, exist_ok=True)
+    add_global_html_resources(app, None)
+
+
 def setup(app):
     app.add_domain(Names)
     app.add_transform(Anchors)
     app.connect('doctree-read', as_written)
+    app.connect('builder-inited', style_first)
     for part in (meta, menu, rooms): app.connect('html-page-context', part, priority=900)    # after the theme's
