@@ -29,10 +29,11 @@ SHARDS = 1, 8, 24, 240                       # rows of a shard
 
 
 def cells(setting, ledger):
-    "All runs `(method, lr, strength, renorm)` that judging needs in a setting, each once: each method as chosen, and what claims compare"
+    "All runs `(method, lr, strength, renorm)` that judging needs in a setting, each once: each method as chosen, what claims compare, what is run beside"
     found = [(m, *ledger.chosen(setting, m), False) for m in wanted(setting) if (setting, m) in ledger.choose]
     for c in PLAN['claims']:
         if 'compare' in c and setting in c['settings']: found += [run for pair in ledger.pairs(c, setting) for run in pair]
+    found += [(o['method'], o['lr'], 0., False) for b in PLAN['beside'] for o in b['runs'] if o['setting'] == setting]
     return list(dict.fromkeys(found))
 
 
