@@ -272,9 +272,10 @@ def seeds_needed(
     return next((n for n in range(2, 1001) if quantile(n) * spread < abs(d.mean - line)), None)
 
 # %% ../nbs/09_claims.ipynb #ed2da35f
-def _method(row, run, mean):
+def _method(row, run, mean=None):
     settings = f' ({", ".join(f"{x:g}" for x in run[1:3] if x)})' if len(run) > 1 else ''
-    return f'{run[0]}{settings}: ' + (f'{mean:.1f}' if row.unit == 'points' else f'{mean:.3g}')
+    shown = '' if mean is None else f': {mean:.1f}' if row.unit == 'points' else f': {mean:.3g}'
+    return run[0] + settings + shown
 
 def _rounded(p): return '' if math.isnan(p) else '< 0.0001' if p < 1e-4 else f'{p:.2g}'
 
@@ -301,7 +302,7 @@ def table(self:Ledger, claim):
     corrected p; verdict; accuracy of both on their training rows; collapsed runs of both"""
     return pd.DataFrame([{
         'setting': r.setting,
-        **{k: _method(r, *of) for k, *of in zip(('this', 'against'), (r.left, r.right), r.means or (0,))},
+        'this': _method(r, r.left, *r.means[:1]), 'against': _method(r, r.right, *r.means[1:]) if r.right else '',
         'difference': told_difference(r), 'p': _rounded(p), 'verdict': v,
         **self._trained(r)} for r, p, v in self.rows() if r.claim == claim])
 

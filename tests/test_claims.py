@@ -155,13 +155,11 @@ CHEAP = 'q20', 'q60', 'q80', 'tumour', 'clean', 'q40', 'text0', 'text', 'long', 
 
 
 def judged_in(claim):
-    "The cheapest setting in which a claim has been judged"
-    ledger = Ledger(run.HERE)
-    there = [s for s in CHEAP if s in claim['settings'] and any(True for _ in ledger.compared(claim, s))]
-    return there[0] if there else None
+    "The cheapest of its settings"
+    return next(s for s in CHEAP if s in claim['settings'])
 
 
-@pytest.mark.parametrize('claim', [c['id'] for c in run.PLAN['claims'] if 'compare' in c and judged_in(c)])
+@pytest.mark.parametrize('claim', [c['id'] for c in run.PLAN['claims'] if 'compare' in c])
 def test_one_cell_of_each_row_comes_out_again(claim):
     "The first run a claim compares, in the cheapest of its settings, for two seeds: what the ledger says"
     ledger = Ledger(run.HERE)
@@ -183,10 +181,9 @@ def test_rows_of_another_kind_come_out_again():
 
 
 def test_the_files_hold_what_the_plan_says():
-    "All runs of a row have all seeds and were chosen by the rule; what has not been run is said on the page"
+    "Each claim was judged in each of its settings; all runs of a row have all seeds and were chosen by the rule"
     ledger = Ledger(run.HERE)
-    planned = {(c['id'], s) for c in run.PLAN['claims'] for s in c['settings']}
-    assert {(r.claim, r.setting) for r, _, _ in ledger.rows()} | set(ledger.missing()) == planned
+    assert len(ledger.rows()) == 98 and ledger.missing() == []
     for setting, *cell in ledger.judge: assert tuple(cell) in judge.cells(setting, ledger), (setting, cell)
     for found in ledger.judge.values(): assert len(found['accuracy']) == len(found['loss']) == len(judge.SEEDS)
     assert len(ledger.rate) == 3 * len(judge.SEEDS) and len(ledger.shards) == 2 * len(judge.SEEDS)
