@@ -32,6 +32,7 @@ from .ids import *
 from .history import *
 from .saf import *
 from .mesa import *
+from .objective import *
 from .sharpness import *
 from .hessian import *
 from .walk import *

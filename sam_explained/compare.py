@@ -25,7 +25,7 @@ import sam_explained
 from .core import at_least
 from .journal import Journal, _lock_path, _plain
 from .landscape import method_colors
-from .sharpness import Objective, _bar
+from .objective import Objective, _bar
 from .stacked import Stack, StackData, _rows, fit_stack
 
 # %% ../nbs/08_compare.ipynb #a4660fc8

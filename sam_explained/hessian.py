@@ -19,7 +19,7 @@ from scipy import stats
 from scipy.linalg import eigh_tridiagonal
 from .core import at_least
 from .gauss_newton import _empirical_fisher_map, _ggn_map
-from .sharpness import Objective, _bar, _checked, _count, _objective, _wide
+from .objective import Objective, _bar, _checked, _count, _objective, _wide
 
 # %% ../nbs/07a_hessian.ipynb #980a327a
 class Lanczos:

@@ -15,7 +15,7 @@ from fastai.basics import *
 from .core import at_least, grad_norm
 from .hessian import Eigen, top_eigenvalues
 from .landscape import Frames
-from .sharpness import Objective, _objective
+from .objective import Objective, _objective
 from .slices import Direction, random_direction, slice_2d
 from .slices import _color, _dot, _named, _plane, _rings, _say
 

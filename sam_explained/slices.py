@@ -13,7 +13,7 @@ from textwrap import fill
 from fastai.basics import *
 from .core import at_least, grad_norm
 from .landscape import _hills, method_colors
-from .sharpness import Objective, _objective
+from .objective import Objective, _objective
 from .walk import _fitting, losses_at
 
 # %% ../nbs/07b_slices.ipynb #d343da55

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import contextmanager, nullcontext
 from fastai.basics import *
 from .core import at_least, grad_norm, perturbed, same_hidden, same_rng
-from .sharpness import Objective, _bar, _checked, _objective
+from .objective import Objective, _bar, _checked, _objective
 
 # %% ../nbs/07f_walk.ipynb #64821dda
 _room = 2**26     # bytes of data to hold at a time
