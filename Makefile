@@ -22,10 +22,10 @@ test: .venv/ready  ## every check: exports in step, README in step, notebooks, t
 	$(VENV)/python tests/in_step.py
 	$(VENV)/nbdev_test --n_workers 2 --do_print
 	$(VENV)/python site/build.py
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest -n 2 --dist loadfile
 
 test-latest: .venv-latest/ready  ## the exported library with the newest fastai and torch that pip resolves
-	$(LATEST)/python -m pytest tests/test_core.py tests/test_callback.py tests/test_interrupts.py tests/test_processes.py tests/test_ctrl_c.py tests/test_data.py tests/test_msam.py tests/test_roads.py tests/test_kill.py tests/test_example.py tests/test_ssam.py tests/test_reuse.py tests/test_saving.py tests/test_ids.py tests/test_history.py tests/test_saf.py tests/test_mesa.py tests/test_sharpness.py tests/test_hessian.py tests/test_slices.py tests/test_track.py tests/test_compare.py
+	$(LATEST)/python -m pytest -n 2 --dist loadfile tests/test_core.py tests/test_callback.py tests/test_interrupts.py tests/test_processes.py tests/test_ctrl_c.py tests/test_data.py tests/test_msam.py tests/test_roads.py tests/test_kill.py tests/test_example.py tests/test_ssam.py tests/test_reuse.py tests/test_saving.py tests/test_ids.py tests/test_history.py tests/test_saf.py tests/test_mesa.py tests/test_sharpness.py tests/test_hessian.py tests/test_slices.py tests/test_track.py tests/test_compare.py
 
 export: .venv/ready  ## notebooks to sam_explained/
 	$(VENV)/nbdev_export
@@ -63,7 +63,7 @@ clean:           ## remove what was built, keep the environments
 
 .venv-latest/ready: settings.ini setup.py
 	test -x $(LATEST)/python || $(PYTHON) -m venv .venv-latest
-	$(LATEST)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e . pytest hypothesis scipy curvlinops-for-pytorch pyarrow
+	$(LATEST)/python -m pip install --quiet --disable-pip-version-check --upgrade --upgrade-strategy eager -e . pytest pytest-xdist hypothesis scipy curvlinops-for-pytorch pyarrow
 	$(LATEST)/python -m pip list --disable-pip-version-check | grep -iE '^(torch|fastai|fastcore) '
 	touch $@
 

@@ -151,7 +151,8 @@ def test_the_rate_in_numpy():
     assert found['exponent'] == pytest.approx(np.log2(means[1] / means[0]), abs=2e-5)
 
 
-CHEAP = 'q20', 'q60', 'q80', 'tumour', 'clean', 'q40', 'text0', 'text', 'long', 'conv', 'attn'
+# On clean labels last but the slow: a loss of 0.0002 differs by a fifth from one processor to the next.
+CHEAP = 'q20', 'q60', 'q80', 'tumour', 'q40', 'text0', 'text', 'clean', 'long', 'conv', 'attn'
 
 
 def judged_in(claim):

@@ -417,7 +417,7 @@ def test_the_switch_changes_the_paper(browser, site):
 
 @pytest.mark.parametrize('asked, wanted', [
     ('ball_sharpness', 'sharpness.html#ball_sharpness'), ('sam', 'sam.html#sam'), ('SSAM', 'ssam.html#ssam'),
-    ('perturbed', 'core.html#perturbed'), ('hvp', 'sharpness.html#objective.hvp'), ('m-sharpness', 'sharpness.html#m_sharpness'),
+    ('perturbed', 'core.html#perturbed'), ('hvp', 'objective.html#objective.hvp'), ('m-sharpness', 'sharpness.html#m_sharpness'),
     ('eps', 'core.html'), ('two_pass', 'core.html#two_pass'), ('n_shards', 'msam.html#msam')])
 def test_search_finds_names(browser, site, asked, wanted):
     "The page that explains a symbol or a name is among the first three"
