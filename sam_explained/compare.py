@@ -16,6 +16,7 @@ from fastai.basics import *
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import *
 from contextlib import ExitStack
+from enum import Enum
 from numbers import Integral
 from types import CodeType
 from warnings import warn
@@ -367,6 +368,7 @@ def _digest(x): return hashlib.sha256(_bytes(x)).hexdigest()[:16]
 def _described(x):
     "What can be compared of arguments: the same for equal settings, in another process too"
     if hasattr(x, 'tolist'): return x.tolist() if np.ndim(x) == 0 else _digest(x.tolist())
+    if isinstance(x, Enum): return f'{type(x).__name__}.{x.name}'
     if isinstance(x, (str, int, float, bool, type(None))): return x
     if isinstance(x, (list, tuple, L)): return [_described(v) for v in x]
     if isinstance(x, dict): return {str(k): _described(v) for k, v in x.items()}

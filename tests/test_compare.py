@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,21 @@ def test_another_comparison_is_refused(tmp_path):
                       ('optimizer', lambda: go(t=Protocol(small().model, small().dls, opt_func=SGD, wd=5e-4)))):
         with pytest.raises(ValueError, match=told): act()
         assert file.read_bytes() == before, told
+
+
+class Way(Enum): UP, DOWN = 1, 2
+
+
+class Goes(Callback):
+    def __init__(self, way): self.way = way
+
+
+def test_the_value_of_an_enum_is_a_setting(tmp_path):
+    def go(way):
+        return compare({'SGD': partial(Goes, way)}, small(), 1, seeds=1, out=tmp_path/'runs.jsonl', progress=False)
+    go(Way.UP)
+    go(Way.UP)
+    with pytest.raises(ValueError, match='Way.UP.*Way.DOWN|Way.DOWN.*Way.UP'): go(Way.DOWN)
 
 
 def test_plot(tmp_path):
