@@ -261,15 +261,17 @@ def told_difference(
     return f'{mean} ({low} to {high})'
 
 def seeds_needed(
-    row, # a `Row` of one of the first kinds
+    row,     # a `Row` of one of the first kinds
+    looks=1, # comparisons to correct for, as Bonferroni does; a gain must hold against all
 ):
     "Seeds at which the interval would be short enough if mean and spread stay; None above 1,000"
     d, least = row.d, row.least
-    line = {'better': 0 if d.mean >= least else least, 'as good as': -least}.get(row.kind)
+    gain = row.kind == 'better' and d.mean >= least
+    line = {'better': 0 if gain else least, 'as good as': -least}.get(row.kind)
     if line is None: line = math.copysign(least, d.mean)
-    def quantile(n): return stats.t.ppf(.975, n - 1) / math.sqrt(n)
-    spread = (d.high - d.mean) / quantile(d.n)
-    return next((n for n in range(2, 1001) if quantile(n) * spread < abs(d.mean - line)), None)
+    def quantile(n, looks=1): return stats.t.ppf(1 - .025 / looks, n - 1) / math.sqrt(n)
+    spread, looks = (d.high - d.mean) / quantile(d.n), looks if gain else 1
+    return next((n for n in range(2, 1001) if quantile(n, looks) * spread < abs(d.mean - line)), None)
 
 # %% ../nbs/09e_ledger.ipynb #ed2da35f
 def _method(row, run, mean=None):
@@ -312,10 +314,10 @@ def table(self:Ledger, claim):
 @patch
 def _more(self:Ledger, claim):
     "What would decide the settings that are open, as Markdown"
-    most = {}
+    most, looks = {}, sum(not math.isnan(p) for _, p, _ in self.rows())
     for r, _, v in self.rows():
         if r.claim == claim and v == VERDICTS[2] and r.d and len(r.left) == 4:
-            most[r.setting] = max(most.get(r.setting, 0), seeds_needed(r) or math.inf)
+            most[r.setting] = max(most.get(r.setting, 0), seeds_needed(r, looks) or math.inf)
     commands = [f'python benchmarks/claims/judge.py runs --settings {s} --seeds 2000-{1999 + n}'
                 for s, n in most.items() if n < math.inf]
     many = ', '.join(s for s, n in most.items() if n == math.inf)
@@ -323,6 +325,10 @@ def _more(self:Ledger, claim):
             '```bash\n' + '\n'.join(commands) + '\n```'] if commands else []
     if many: told.append(f'More than a thousand seeds would be needed for: {many}.')
     return '\n\n'.join(told)
+
+# %% ../nbs/09e_ledger.ipynb #f9e21c3e
+_measures = {'1 / lambda_1': 'lambda_1, as the table has it; the difference says how many times larger it is on the right',
+             'lambda_5 / lambda_1': 'lambda_1 / lambda_5, as the table has it; the difference says how many times larger it is on the right'}
 
 # %% ../nbs/09e_ledger.ipynb #69c270f6
 @patch
@@ -335,7 +341,7 @@ def show(self:Ledger,
     source = re.sub(r'https://(arxiv.org)/abs/([\d.]+)', r'[arXiv:\2](https://\1/abs/\2)', c['source'])
     tried = '; '.join(f'*{s}*: {self.place(s)}' for s in c['settings'])
     display(Markdown(f'**Claim** ({source}). {c["claim"]}\n\n**Refuted by:** {c["refuted"]}.\n\n'
-                     f'**Measured:** {c["metric"]}.\n\n**Tried on:** {tried}.'),
+                     f'**Measured:** {_measures.get(c["metric"], c["metric"])}.\n\n**Tried on:** {tried}.'),
             self.table(claim).style.hide())
     if more := self._more(claim): display(Markdown(more))
 
