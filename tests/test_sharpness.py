@@ -24,7 +24,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
-from sam_explained import sharpness
+from sam_explained import objective, sharpness
 from sam_explained.core import ascent, grad_norm
 from sam_explained.data import docstrings
 from sam_explained.hessian import hessian_spectrum, hessian_trace, top_eigenvalues
@@ -330,7 +330,7 @@ def test_the_other_devices_are_not_reseeded(kind, monkeypatch):
         monkeypatch.setattr(module, 'manual_seed_all' if module is not torch.mps else 'manual_seed', everywhere.append)
     monkeypatch.setattr(torch, 'get_device_module', lambda device: cards)
     monkeypatch.setattr(torch, 'Generator', Anywhere)
-    monkeypatch.setattr(sharpness, 'to_device', lambda b, device: b)
+    monkeypatch.setattr(objective, 'to_device', lambda b, device: b)
     O = Objective((model, F.cross_entropy, data), dropout=True, seed=3)
     usual, O.device = O.value(), torch.device(kind)
     for _ in range(2):

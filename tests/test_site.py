@@ -79,7 +79,7 @@ class Host(http.server.SimpleHTTPRequestHandler):
         return open(docs/'404.html', 'rb')
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def site():
     "The address of a local server over a fresh `_docs/`; a site that is fresh already takes a few seconds."
     subprocess.run([sys.executable, root/'site/build.py', '--no-quarto'], check=True)
@@ -99,7 +99,7 @@ shifts = """() => { window.shift = 0; new PerformanceObserver(all => { for (cons
     if (!o.hadRecentInput) window.shift += o.value }).observe({type: 'layout-shift', buffered: true}) }"""
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def browser():
     chromium = shutil.which('chromium')
     if not chromium: pytest.fail("The site is tested in Debian's browser, which is not here: apt-get install chromium")
@@ -110,7 +110,7 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope='session')
+@pytest.fixture(scope='module')
 def seen(site, browser):
     "Each page opened once, formulas set, with everything the browser fetched and said on the way."
     @functools.cache
