@@ -789,3 +789,9 @@ def test_data_without_a_length_and_bars(capsys):
     assert capsys.readouterr().out == ''
     shown = m_sharpness(O, 2), top_eigenvalues(O).values
     assert quiet == shown and capsys.readouterr().out != ''
+
+
+def test_the_objective_is_still_in_the_module_it_came_from():
+    space = {}
+    exec('from sam_explained.sharpness import *', space)
+    assert space['Objective'] is Objective is objective.Objective
